@@ -1,0 +1,43 @@
+"""The three-way conditioning dropout that makes two-scale guidance possible (InstructPix2Pix, section 3.2.1)."""
+
+import torch
+
+
+def dropout_masks(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples keep their instruction and which keep their image.
+
+    One uniform draw decides between three exclusive events of equal probability p: instruction only (u < p), both
+    (p <= u < 2p), image only (2p <= u < 3p).
+
+    Args:
+        uniform: (B,) float in [0, 1).
+        probability: p, 0 to 1/3; 0.05 in the paper.
+
+    Returns:
+        keep_text (B,) bool, keep_image (B,) bool.
+    """
+    keep_text = uniform >= 2 * probability
+    keep_image = (uniform < probability) | (uniform >= 3 * probability)
+    return keep_text, keep_image
+
+
+def drop_conditioning(
+    text_embeddings: torch.Tensor,
+    image_latents: torch.Tensor,
+    null_embedding: torch.Tensor,
+    uniform: torch.Tensor,
+    probability: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace dropped instructions by the null prompt's embedding and dropped images by zero latents.
+
+    Args:
+        text_embeddings: (B, L, D).
+        image_latents: (B, C, h, w), unscaled mode of the VAE's posterior.
+        null_embedding: (1, L, D), the empty prompt.
+        uniform: (B,) float in [0, 1).
+        probability: of each of the three events.
+    """
+    keep_text, keep_image = dropout_masks(uniform, probability)
+    text_embeddings = torch.where(keep_text[:, None, None], text_embeddings, null_embedding)
+    image_latents = image_latents * keep_image[:, None, None, None]
+    return text_embeddings, image_latents

@@ -1,0 +1,50 @@
+"""What the UNet is asked for, and how far off it is: pure functions of tensors."""
+
+import torch
+import torch.nn.functional as F
+
+
+def add_noise(
+    latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """q(x_t | x_0) = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (DDPM, equation 4).
+
+    Args:
+        latents, noise: (B, C, h, w).
+        timesteps: (B,) int in [0, T).
+        alphas_cumprod: (T,), the scheduler's.
+    """
+    alpha = alphas_cumprod.to(latents)[timesteps][:, None, None, None]
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
+def prediction_target(
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+    prediction_type: str,
+) -> torch.Tensor:
+    """epsilon: the noise itself. v_prediction: sqrt(a_t) noise - sqrt(1 - a_t) x_0 (Salimans and Ho 2022, app. D)."""
+    if prediction_type == "epsilon":
+        return noise
+    assert prediction_type == "v_prediction", prediction_type
+    alpha = alphas_cumprod.to(latents)[timesteps][:, None, None, None]
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+
+
+def min_snr_weights(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str
+) -> torch.Tensor:
+    """Min-SNR-gamma (Hang et al. 2023, section 3.4), (B,) float32: min(SNR, gamma) over SNR, or over SNR + 1 for v."""
+    alpha = alphas_cumprod.float()[timesteps]
+    clipped = torch.clamp(alpha / (1 - alpha), max=gamma)
+    # SNR + 1 = 1 / (1 - a_t). Written with a_t, a schedule that ends at SNR = 0 divides 0 by 0 only for epsilon,
+    # which is undefined there anyway.
+    return clipped * (1 - alpha) if prediction_type == "v_prediction" else clipped * (1 - alpha) / alpha
+
+
+def diffusion_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error in float32, a scalar; `weights` (B,) multiply each sample's mean."""
+    error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+    return (error if weights is None else error * weights).mean()

@@ -1,0 +1,271 @@
+"""The flags of both training scripts, in named groups, and every check that needs no model and no data.
+
+Imports nothing heavy, so that `--help` and a wrong flag answer at once.
+"""
+
+import argparse
+import json
+import math
+import os
+import secrets
+from pathlib import Path
+
+from instruct_pix2pix.errors import UserError
+
+LR_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+)
+TRACKERS = ("tensorboard", "wandb", "none")
+GEOMETRIES = ("resize_crop", "crop", "squash")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every flag, the docstring's lines as they stand."""
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse prints the whole usage before an error; with fifty flags the error drowns in it."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (see --help)")
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The parser both scripts use. `description` is the script's docstring."""
+    parser = _OneLineParser(
+        usage="%(prog)s --pretrained_model_name_or_path MODEL --dataset_name DATASET [options]",
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+
+    model = parser.add_argument_group("model")
+    add = model.add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model.")
+    add("--revision", help="Branch, tag or commit of the base model on the Hub.")
+    add("--variant", help="File variant of the base model's weights, such as fp16.")
+    add("--non_ema_revision", help="Revision to take the UNet from; --revision when left out.")
+    add(
+        "--cache_dir",
+        help="Where downloaded models and datasets are kept; the Hub's own cache when left out.",
+    )
+
+    data = parser.add_argument_group("dataset")
+    add = data.add_argument
+    add(
+        "--dataset_name",
+        help="Hub id of a dataset of triples, or a local folder: parquet, save_to_disk, an image folder with"
+        " metadata naming two images a row, JSONL with image paths, or original/ and edited/.",
+    )
+    add("--dataset_config_name", help="Configuration of the dataset, where it has several.")
+    add(
+        "--train_data_dir",
+        help="Local folder with original/ and edited/ (equal file names) and instructions.txt or a metadata"
+        " file; anything --dataset_name takes as a local folder works too. Ignored with --dataset_name.",
+    )
+    add("--original_image_column", help="Column of the source image; found by name when left out.")
+    add(
+        "--edit_prompt_column",
+        help="Column of the instruction, a string or a list of wordings; found by name.",
+    )
+    add("--edited_image_column", help="Column of the edited image; found by name when left out.")
+    add("--max_train_samples", type=int, help="Train on this many rows, drawn with the seed.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that load data; 0 is the main one.")
+
+    image = parser.add_argument_group("images")
+    add = image.add_argument
+    add("--resolution", type=int, default=256, help="Side of the square training images, in pixels.")
+    add(
+        "--image_geometry",
+        choices=GEOMETRIES,
+        default="resize_crop",
+        help="resize_crop: short side to --resolution, then crop. crop: cut at native resolution, enlarging only"
+        " what is too small (for blur, noise and rain, which downscaling erases). squash: ignore the aspect.",
+    )
+    add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
+    add("--random_flip", action="store_true", help="Mirror a pair, both images together, half of the time.")
+
+    optim = parser.add_argument_group("training")
+    add = optim.add_argument
+    add("--output_dir", default="instruct-pix2pix-model", help="Where pipeline, checkpoints and logs go.")
+    add("--seed", type=int, help="Seed of every random stream; drawn and written down when left out.")
+    add("--train_batch_size", type=int, default=16, help="Images per process in one forward pass.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per update.")
+    add("--num_train_epochs", type=int, default=100, help="Epochs, where --max_train_steps is not given.")
+    add("--max_train_steps", type=int, help="Updates in all; overrides --num_train_epochs.")
+    add("--gradient_checkpointing", action="store_true", help="Trade a slower backward pass for memory.")
+    add(
+        "--conditioning_dropout_prob",
+        type=float,
+        default=0.05,
+        help="Probability of dropping the instruction only, the image only, and both, each"
+        " (InstructPix2Pix, section 3.2.1). 0 trains a model that cannot be guided.",
+    )
+    add("--snr_gamma", type=float, help="Weight the loss by min-SNR with this gamma (5.0 in the paper).")
+
+    optimizer = parser.add_argument_group("optimizer")
+    add = optimizer.add_argument
+    add("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
+    add("--scale_lr", action="store_true", help="Multiply it by processes x accumulation x batch size.")
+    add("--lr_scheduler", default="constant", help=f"Learning rate schedule: {', '.join(LR_SCHEDULERS)}.")
+    add("--lr_warmup_steps", type=int, default=500, help="Warm-up updates, for the schedules that have one.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes, CUDA).")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1.")
+    add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2.")
+    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay.")
+    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
+    add("--max_grad_norm", type=float, default=1.0, help="Clip the gradient to this norm.")
+
+    ema = parser.add_argument_group("exponential moving average")
+    add = ema.add_argument
+    add("--use_ema", action="store_true", help="Keep an average of the UNet; validate with it and export it.")
+    add("--ema_decay", type=float, default=0.9999, help="Decay; warmed up as min((1 + t) / (10 + t), decay).")
+    add("--offload_ema", action="store_true", help="Keep the average in CPU memory.")
+
+    speed = parser.add_argument_group("precision and speed")
+    add = speed.add_argument
+    add(
+        "--mixed_precision",
+        choices=("no", "fp16", "bf16"),
+        help="fp16 needs a GPU; accelerate's own setting when left out.",
+    )
+    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere GPUs and newer.")
+    add(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="xformers where it works; PyTorch's scaled-dot-product attention otherwise.",
+    )
+    add("--local_rank", type=int, default=-1, help="Set by launchers; accelerate reads its own environment.")
+
+    checkpoints = parser.add_argument_group("checkpoints")
+    add = checkpoints.add_argument
+    add("--checkpointing_steps", type=int, default=500, help="Write a checkpoint every so many updates.")
+    add("--checkpoints_total_limit", type=int, help="Keep only the newest so many; all when left out.")
+    add(
+        "--resume_from_checkpoint",
+        help="A checkpoint folder, or latest: go on from the newest if there is one.",
+    )
+
+    validation = parser.add_argument_group("validation")
+    add = validation.add_argument
+    add("--val_image_url", help="Image to edit during training: a URL or a local path.")
+    add("--validation_prompt", help="Instruction to edit it with.")
+    add("--num_validation_images", type=int, default=4, help="Edits per validation.")
+    add("--validation_epochs", type=int, default=1, help="Validate every so many epochs.")
+    add("--validation_steps", type=int, help="Validate every so many updates instead.")
+
+    tracking = parser.add_argument_group("tracking and publishing")
+    add = tracking.add_argument
+    add(
+        "--report_to",
+        default="tensorboard",
+        help=f"Trackers, separated by commas: {', '.join(TRACKERS)}, all.",
+    )
+    add("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir.")
+    add("--push_to_hub", action="store_true", help="Upload pipeline and model card when done.")
+    add("--hub_token", help="Hub token; better given by `hf auth login` or HF_TOKEN. Never written anywhere.")
+    add("--hub_model_id", help="Repository to upload to; the name of --output_dir when left out.")
+    add("--dry_run", action="store_true", help="Check everything, print the resolved configuration, and stop.")
+    return parser
+
+
+def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check. Raises UserError, naming the flag, its value and the remedy."""
+    args = build_parser(description).parse_args(argv)
+    check(args)
+    if args.non_ema_revision is None:
+        args.non_ema_revision = args.revision
+    args.seed_was_given = args.seed is not None
+    if args.seed is None:
+        args.seed = secrets.randbelow(2**31)
+    return args
+
+
+def check(args: argparse.Namespace) -> None:
+    """Every check that needs neither a model nor data nor a heavy import."""
+    if args.dataset_name is None and args.train_data_dir is None:
+        raise UserError("--dataset_name: none given; name a dataset, or a folder with --train_data_dir")
+
+    at_least_one = [
+        "resolution",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_train_steps",
+        "max_train_samples",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "num_validation_images",
+        "validation_epochs",
+        "validation_steps",
+    ]
+    for name in at_least_one:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name}: {value} is too small; give 1 or more")
+    for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"):
+        value = getattr(args, name)
+        if value is not None and value < 0:
+            raise UserError(f"--{name}: {value} is negative; give 0 or more")
+    for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma"):
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UserError(f"--{name}: {value} is out of range; give a number above 0")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        value = getattr(args, name)
+        if not 0 <= value < 1:
+            raise UserError(f"--{name}: {value} is out of range; give a number from 0 to below 1")
+    # Three exclusive events of equal probability: more than a third each cannot be.
+    if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
+        raise UserError(
+            f"--conditioning_dropout_prob: {args.conditioning_dropout_prob} is out of range; give 0 to 1/3 (it"
+            " drops the instruction, the image and both with this probability each; 0.05 in the paper)"
+        )
+    if args.lr_scheduler not in LR_SCHEDULERS:
+        raise UserError(f"--lr_scheduler: {args.lr_scheduler!r} is unknown; choose from {', '.join(LR_SCHEDULERS)}")
+    trackers(args)
+
+    if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        raise UserError(f"--output_dir: {args.output_dir} is a file; name a folder")
+    if (args.val_image_url is None) != (args.validation_prompt is None):
+        missing = "--val_image_url" if args.val_image_url is None else "--validation_prompt"
+        raise UserError(f"{missing}: missing; validation needs an image and an instruction, or neither")
+    if args.val_image_url and not is_url(args.val_image_url) and not Path(args.val_image_url).is_file():
+        raise UserError(f"--val_image_url: {args.val_image_url} is not a file; give a URL or the path of an image")
+    if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
+        raise UserError(f"--train_data_dir: {args.train_data_dir} is not a folder")
+
+
+def is_url(text: str) -> bool:
+    return text.startswith(("http://", "https://"))
+
+
+def trackers(args: argparse.Namespace) -> list[str]:
+    """The trackers asked for, without `none`."""
+    names = [name.strip() for name in args.report_to.split(",") if name.strip()]
+    unknown = [name for name in names if name not in (*TRACKERS, "all")]
+    if unknown:
+        raise UserError(f"--report_to: {unknown[0]!r} is unknown; choose from {', '.join(TRACKERS)}, all")
+    if "all" in names:
+        names = list(TRACKERS)
+    return [name for name in names if name != "none"]
+
+
+def resolved(args: argparse.Namespace) -> dict:
+    """The flags as they are written down and tracked: everything but the token."""
+    hidden = {"hub_token", "seed_was_given", "local_rank", "dry_run"}
+    return {name: value for name, value in sorted(vars(args).items()) if name not in hidden}
+
+
+def write_json(path: str | os.PathLike, content) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+    os.replace(temporary, path)

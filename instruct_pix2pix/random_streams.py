@@ -1,0 +1,54 @@
+"""Every random number of training, as a pure function of the seed, a stream's name and a position.
+
+Nothing is drawn from a running generator, so there is no state to save, to restore or to disturb: resuming is
+arithmetic, validation cannot change training, a change of workers or processes changes no sample's numbers, and no
+two ranks share a draw, since no two ranks share a position.
+"""
+
+import numpy as np
+
+# The numbers are part of every run's identity: append, never renumber.
+STREAMS = {
+    "order": 0,
+    "augmentation": 1,
+    "instruction": 2,
+    "diffusion": 3,
+    "dropout": 4,
+    "validation": 5,
+    "subset": 6,
+}
+
+
+def stream(seed: int, name: str, *position: int) -> np.random.Generator:
+    """A generator for one position of a stream, independent of all others (numpy's SeedSequence hashes the tuple)."""
+    return np.random.default_rng((seed, STREAMS[name], *position))
+
+
+class SampleOrder:
+    """The endless stream of samples: one shuffled epoch after another, nothing dropped at the seams.
+
+    Position p is sample p % num_rows of epoch p // num_rows. An update takes the next so many positions, so every
+    update has the full effective batch, wherever an epoch ends.
+    """
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows, self.seed = num_rows, seed
+        self._epoch, self._permutation = -1, None
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(epoch, row) at a position."""
+        epoch, index = divmod(position, self.num_rows)
+        if epoch != self._epoch:
+            self._epoch, self._permutation = (
+                epoch,
+                stream(self.seed, "order", epoch).permutation(self.num_rows),
+            )
+        return epoch, int(self._permutation[index])
+
+
+def rank_positions(
+    start: int, step: int, micro_step: int, batch_size: int, accumulation: int, rank: int, world_size: int
+) -> range:
+    """Positions of one rank's micro-batch: update `step` covers batch_size x accumulation x world_size of them."""
+    first = start + ((step * accumulation + micro_step) * world_size + rank) * batch_size
+    return range(first, first + batch_size)

@@ -1,0 +1,278 @@
+"""The training loop: for every update fetch, noise, predict, loss, backward, step, EMA."""
+
+import contextlib
+import logging
+import os
+import time
+from pathlib import Path
+
+import datasets
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from instruct_pix2pix import checkpoint as checkpoints
+from instruct_pix2pix import components, hub
+from instruct_pix2pix.conditioning import drop_conditioning
+from instruct_pix2pix.dataset import to_unit_range
+from instruct_pix2pix.errors import RowError
+from instruct_pix2pix.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
+from instruct_pix2pix.options import resolved, write_json
+from instruct_pix2pix.preparation import Plan, Training, build, check, print_dry_run, start_accelerator
+from instruct_pix2pix.tracking import JsonLog, start_trackers
+from instruct_pix2pix.validation import validate
+
+logger = logging.getLogger(__name__)
+
+# Updates between two looks at the device: each look waits for it, so the numbers are collected there meanwhile.
+LOG_EVERY = 10
+
+
+def train(args, expected_in_channels: int) -> None:
+    """Train as the flags say and leave a pipeline in --output_dir.
+
+    `expected_in_channels` of the base model's UNet is 4 for the scratch script and 8 for the fine-tuning one.
+    """
+    _set_up_logging()
+    accelerator = start_accelerator(args)
+    plan = check(args, accelerator, expected_in_channels)
+    if args.dry_run:
+        if accelerator.is_main_process:
+            print_dry_run(args, plan)
+        return
+    training = build(args, accelerator, plan)
+    if accelerator.is_main_process:
+        checkpoints.remove_partial(Path(args.output_dir))
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output_dir) / hub.CONFIG_FILE, resolved(args))
+    start_trackers(accelerator, args)
+    summary = run_updates(args, accelerator, plan, training)
+    finish(args, accelerator, plan, training, summary)
+
+
+def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) -> dict:
+    """All updates still to do, with logging, checkpoints and validation in between; returns the summary."""
+    log = Log(args, accelerator, plan)
+    started = time.perf_counter()
+    try:
+        for step in range(plan.first_step + 1, args.max_train_steps + 1):
+            loss, grad_norm = update(args, accelerator, plan, training, step)
+            log.add(step, loss, grad_norm, training.learning_rate(step - 1))
+            saving = step % args.checkpointing_steps == 0
+            validating = _validation_is_due(args, plan, step)
+            if step % LOG_EVERY == 0 or step == args.max_train_steps or saving or validating:
+                log.flush()
+            if saving:
+                save(args, accelerator, plan, training, step)
+            if validating:
+                run_validation(args, accelerator, plan, training, step)
+            if saving or validating:
+                log.restart_clock()
+    except RowError:
+        # The updates so far are worth keeping; the row is for the user to mend.
+        done = log.last_step
+        if accelerator.is_main_process and done > plan.first_step:
+            log.flush(gather=False)
+            write_checkpoint(args, accelerator, plan, training, done)
+            logger.error("stopped at a row that cannot be used; checkpoint-%d keeps the updates so far", done)
+        raise
+    finally:
+        log.progress.close()
+    return {
+        "steps": args.max_train_steps,
+        "train_seconds": round(time.perf_counter() - started, 1),
+        "images_per_update": plan.effective_batch,
+        "epochs": round(plan.epoch(args.max_train_steps), 2),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if accelerator.device.type == "cuda"
+        else None,
+    }
+
+
+def update(args, accelerator: Accelerator, plan: Plan, training: Training, step: int):
+    """One update over the accumulation window; returns loss and gradient norm, left on the device."""
+    window_loss = torch.zeros((), device=accelerator.device)
+    for micro_step in range(args.gradient_accumulation_steps):
+        batch = next(training.batches)
+        if isinstance(batch, RowError):
+            raise batch
+        last = micro_step + 1 == args.gradient_accumulation_steps
+        with contextlib.nullcontext() if last else accelerator.no_sync(training.unet):
+            loss = batch_loss(args, accelerator, plan, training, batch) / args.gradient_accumulation_steps
+            accelerator.backward(loss)
+        window_loss += loss.detach()
+    grad_norm = accelerator.clip_grad_norm_(training.unet.parameters(), args.max_grad_norm)
+    for group in training.optimizer.param_groups:
+        group["lr"] = training.learning_rate(step - 1)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    if training.ema is not None:
+        training.ema.update()
+    return window_loss, grad_norm.detach()
+
+
+def batch_loss(args, accelerator: Accelerator, plan: Plan, training: Training, batch: dict) -> torch.Tensor:
+    """The InstructPix2Pix objective on one micro-batch (section 3.2, equation 1), a scalar."""
+    device = accelerator.device
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
+    ids = components.tokenize(training.tokenizer, batch["instructions"]).to(device)
+    text = components.encode_text(training.text_encoder, ids)  # (B, L, D)
+    image_latents, latents = components.encode_pair(  # (B, C, h, w) each
+        training.vae,
+        to_unit_range(moved["original"]),
+        to_unit_range(moved["edited"]),
+        moved["posterior_noise"],
+    )
+    text, image_latents = drop_conditioning(
+        text, image_latents, training.null_embedding, moved["dropout"], args.conditioning_dropout_prob
+    )
+    schedule = (moved["timesteps"], training.alphas_cumprod)
+    noisy = add_noise(latents, moved["noise"], *schedule)
+    prediction = training.unet(torch.cat([noisy, image_latents], dim=1), moved["timesteps"], text, return_dict=False)[0]
+    target = prediction_target(latents, moved["noise"], *schedule, plan.prediction_type)
+    weights = min_snr_weights(*schedule, args.snr_gamma, plan.prediction_type) if args.snr_gamma else None
+    return diffusion_loss(prediction, target, weights)
+
+
+# ---- between updates
+
+
+def save(args, accelerator: Accelerator, plan: Plan, training: Training, step: int) -> None:
+    """A checkpoint, with every process at the same update: replicas are equal, so the main one writes."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_checkpoint(args, accelerator, plan, training, step)
+    accelerator.wait_for_everyone()
+
+
+def write_checkpoint(args, accelerator: Accelerator, plan: Plan, training: Training, step: int) -> None:
+    state = {
+        "step": step,
+        "samples_seen": plan.samples_seen(step),
+        "seed": args.seed,
+        "loss_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "flags": resolved(args),
+    }
+    checkpoints.save_checkpoint(
+        Path(args.output_dir),
+        state,
+        training.bare_unet,
+        training.optimizer.optimizer,
+        training.ema,
+        args.checkpoints_total_limit,
+    )
+
+
+def _validation_is_due(args, plan: Plan, step: int) -> bool:
+    """By updates where --validation_steps is given, else whenever so many epochs are complete; not at the end,
+    where the exported weights are validated anyway."""
+    if args.val_image_url is None or step == args.max_train_steps:
+        return False
+    if args.validation_steps is not None:
+        return step % args.validation_steps == 0
+    return int(plan.epoch(step)) // args.validation_epochs > int(plan.epoch(step - 1)) // args.validation_epochs
+
+
+def run_validation(args, accelerator: Accelerator, plan: Plan, training: Training, step: int) -> None:
+    """Validate with the weights that would be exported now."""
+    if plan.validation_image is not None:  # on the main process only
+        with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
+            _validate(args, accelerator, plan, training, step)
+    accelerator.wait_for_everyone()
+
+
+def _validate(args, accelerator, plan, training, step) -> None:
+    parts = (training.tokenizer, training.text_encoder, training.vae, training.bare_unet)
+    validate(accelerator, args, plan.configs, *parts, plan.validation_image, step)
+
+
+def finish(args, accelerator: Accelerator, plan: Plan, training: Training, summary: dict) -> None:
+    """Export the pipeline, validate it once more, publish it."""
+    accelerator.wait_for_everyone()
+    pushed = True
+    if accelerator.is_main_process:
+        with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
+            if accelerator.mixed_precision != "no":
+                # The training copies were rounded to half precision; the export is as exact as the base.
+                tokenizer, text_encoder, vae = components.load_frozen(args)
+            else:
+                tokenizer, text_encoder, vae = training.tokenizer, training.text_encoder, training.vae
+            pipeline = components.build_pipeline(plan.configs, tokenizer, text_encoder, vae, training.bare_unet)
+            hub.export(pipeline, args, summary, plan.repo_id)
+            if plan.validation_image is not None:
+                _validate(args, accelerator, plan, training, args.max_train_steps)
+        write_json(Path(args.output_dir) / "training_summary.json", summary)
+        logger.info("the pipeline is in %s", args.output_dir)
+        if plan.repo_id is not None:
+            pushed = hub.push(args, plan.repo_id)
+    accelerator.end_training()
+    if not pushed:
+        raise SystemExit(1)
+
+
+class Log:
+    """Collects each update's numbers on the device and writes them every LOG_EVERY updates."""
+
+    def __init__(self, args, accelerator: Accelerator, plan: Plan):
+        self.accelerator, self.plan = accelerator, plan
+        self.json = JsonLog(Path(args.output_dir), plan.first_step) if accelerator.is_main_process else None
+        self.progress = tqdm(
+            total=args.max_train_steps,
+            initial=plan.first_step,
+            desc="Training",
+            unit="update",
+            disable=not accelerator.is_local_main_process,
+        )
+        self.pending, self.last_step = [], plan.first_step
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out what was not training: a checkpoint or a validation just written."""
+        self.clock = time.perf_counter()
+
+    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        self.pending.append((step, loss, grad_norm, learning_rate))
+        self.last_step = step
+        self.progress.update(1)
+
+    def flush(self, gather: bool = True) -> None:
+        """Wait for the device once, average the losses over processes, and write. Called by all processes, unless
+        `gather` is off."""
+        if not self.pending:
+            return
+        numbers = torch.stack([torch.stack([loss, norm.float()]) for _, loss, norm, _ in self.pending])
+        numbers = (self.accelerator.reduce(numbers, "mean") if gather else numbers).tolist()
+        seconds = time.perf_counter() - self.clock
+        images_per_second = len(self.pending) * self.plan.effective_batch / seconds
+        entries = []
+        for (step, _, _, learning_rate), (loss, norm) in zip(self.pending, numbers, strict=True):
+            entries.append(
+                {
+                    "step": step,
+                    "loss": loss,
+                    "learning_rate": learning_rate,
+                    "grad_norm": norm,
+                    "images_per_second": round(images_per_second, 2),
+                }
+            )
+        self.pending = []
+        self.restart_clock()
+        if self.json is not None:
+            self.json.write(entries)
+            for entry in entries:
+                self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, entry["step"])
+            self.progress.set_postfix(loss=f"{entries[-1]['loss']:.4f}", images_s=f"{images_per_second:.1f}")
+
+
+def _set_up_logging() -> None:
+    """Our own messages on the main process, errors everywhere; one progress bar, ours."""
+    main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if main else logging.ERROR)
+    logging.getLogger("instruct_pix2pix").setLevel(logging.INFO if main else logging.ERROR)
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
