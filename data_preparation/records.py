@@ -1,0 +1,439 @@
+"""What the dataset builders share: the plan, the parquet shards, the dataset card and the contact sheet.
+
+A build has two steps. First the *plan*: every row of the dataset as one line of `plan.jsonl` (split, source
+image, its hash, its size, ...). Then the *shards*: each process makes the shards whose number modulo the
+number of processes is its own, a row group at a time. Everything is written to a temporary name and renamed
+when complete, so that a build that was killed at any moment goes on where it stopped when the same command is
+run again, and since the plan alone decides what each file holds, the bytes do not depend on interruptions or
+on the number of processes.
+
+    OUTPUT_DIR/
+      README.md                             the dataset card, written last
+      data/<split>-00000-of-0000N.parquet   the rows, images embedded as encoded files
+      plan.jsonl                            the settings, then one line a row: where it came from
+      skipped.jsonl                         what was left out, with the reason
+      preview.png                           a contact sheet
+      parts/                                finished row groups of unfinished shards, gone at the end
+"""
+
+import argparse
+import errno
+import hashlib
+import io
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SPLITS = ("train", "validation", "test")
+# A row group is what is held in memory and what is lost when a build is killed; a shard is one file.
+GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
+SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 300 MB as PNG
+
+
+class UserError(Exception):
+    """What the user can put right. The message reads `<flag or file>: <value, what is wrong>; <remedy>`."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults in the help and answers a mistake with one line and exit code 2."""
+
+    def __init__(self, description: str):
+        super().__init__(
+            description=description,
+            formatter_class=type(
+                "Formatter",
+                (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
+                {},
+            ),
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def run(parser: Parser, main) -> None:
+    """Call `main()`; a user's mistake, a full disk and an interrupt end in one line, not in a traceback."""
+    try:
+        main()
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped; run the same command again to go on\n")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        where = error.filename or "--output_dir"
+        parser.exit(
+            1,
+            f"{parser.prog}: error: {where}: {os.strerror(error.errno)}; what is finished is kept: "
+            "make room and run the same command again\n",
+        )
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, from what `accelerate launch` puts in the environment."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def unit_hash(*parts: object) -> float:
+    """A number in [0, 1) that depends on nothing but `parts`: the same on every machine, in any order."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def split_of(image_hash: str, validation_fraction: float, test_fraction: float) -> str:
+    """The split of an image, from its hash alone: no seed, so that it is held out everywhere or nowhere."""
+    u = unit_hash("split", image_hash)
+    if u < test_fraction:
+        return "test"
+    return "validation" if u < test_fraction + validation_fraction else "train"
+
+
+def read_instructions(path: Path) -> tuple[list[str], list[str]]:
+    """The sentences of an instruction file, one a line, and those among them that are held out.
+
+    Empty lines and lines that begin with `#` are left out. A line that begins with `held-out:` is a wording
+    kept for the test split. Returns (wordings for training, wordings for testing); the second falls back to
+    the first.
+    """
+    try:
+        lines = [" ".join(line.split()) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); give a UTF-8 text file, one sentence a line"
+        ) from None
+    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    held_out = [line.removeprefix("held-out:").strip() for line in lines if line.startswith("held-out:")]
+    training = [line for line in lines if not line.startswith("held-out:")]
+    if not training:
+        raise UserError(f"{path}: no instruction in it; write one sentence a line")
+    return training, [line for line in held_out if line] or training
+
+
+def draw_instruction(
+    instructions: tuple[list[str], list[str]], split: str, everything: bool, *key: object
+) -> str | list[str]:
+    """One wording, drawn by `key` (the seed and the image's hash), or all for training to draw from."""
+    wordings = instructions[1] if split == "test" else instructions[0]
+    return wordings if everything else wordings[int(unit_hash("instruction", *key) * len(wordings))]
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of the dataset, as planned."""
+
+    split: str
+    source: str  # the photo, or the ground truth of a real pair: its name within the source
+    image_hash: str  # of the source's pixels
+    width: int  # of the row's images, in pixels
+    height: int
+    task: str = ""
+    input: str = ""  # the degraded partner's name; empty where the script makes it
+    left: int = 0  # the tile's corner in the source, in pixels
+    top: int = 0
+    repeat: int = 0  # which of several rows made from the same source
+
+
+def build(
+    output_dir: Path, settings: dict, features: dict, make_plan, make_rows, write_card, rows_per_shard: int
+):
+    """Make a dataset folder, or what is still missing of it. Every process calls this with the same
+    arguments.
+
+    settings: everything that decides the bytes (JSON values); an OUTPUT_DIR begun with other settings is
+    refused. features: the columns in the notation of `datasets.Features.to_dict()`, in order. make_plan() ->
+    (list of Row, list of {"source", "reason"}): called once, by the first process. make_rows(rows) -> one
+    dict per row, from column to encoded image (bytes), string or list of strings. write_card(rows, skipped,
+    checksums) -> the text of README.md.
+    """
+    from tqdm import tqdm
+
+    output_dir = Path(output_dir)
+    rank, world = rank_and_world()
+    settings = json.loads(json.dumps(settings))
+    try:
+        (output_dir / "data").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output_dir: {output_dir}: {error.strerror}; choose a folder that can be written"
+        ) from None
+
+    rows = get_plan(output_dir, settings, make_plan, rank)
+    shards = name_shards(rows, rows_per_shard)
+    mine = list(shards)[rank::world]
+    missing = [name for name in mine if not is_complete(output_dir / "data" / name, len(shards[name]))]
+    kept = sum(len(shards[name]) for name in mine if name not in missing)
+    total = sum(len(shards[name]) for name in mine)
+    label = "rows" if world == 1 else f"rows, process {rank + 1} of {world}"
+    with tqdm(total=total, initial=kept, desc=label, unit=" images", position=rank, mininterval=0.5) as bar:
+        for name in missing:
+            write_shard(output_dir, name, shards[name], features, make_rows, bar)
+    if rank != 0:
+        return
+    wait_for(output_dir, shards, missing=[name for name in shards if name not in mine])
+
+    checksums = {}
+    for name in tqdm(shards, desc="checksums", unit=" files", leave=False):
+        with open(output_dir / "data" / name, "rb") as file:
+            checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    skipped_path = output_dir / "skipped.jsonl"
+    skipped = [json.loads(line) for line in skipped_path.read_text().splitlines()]
+    write_atomically(output_dir / "preview.png", encode_png(preview(output_dir, shards, features)))
+    write_atomically(output_dir / "README.md", write_card(rows, skipped, checksums).encode())
+    shutil.rmtree(output_dir / "parts", ignore_errors=True)
+    counts = ", ".join(
+        f"{sum(row.split == s for row in rows)} {s}" for s in SPLITS if any(r.split == s for r in rows)
+    )
+    note = f"; {len(skipped)} left out, see {skipped_path}" if skipped else ""
+    print(f"{output_dir}: {len(rows)} rows ({counts}) in {len(shards)} shards{note}")
+
+
+def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row]:
+    """Read the plan, or make it. Processes other than the first wait for it."""
+    path = output_dir / "plan.jsonl"
+    while not path.exists() and rank != 0:
+        time.sleep(0.2)
+    if not path.exists():
+        rows, skipped = make_plan()
+        if not any(row.split == "train" for row in rows):
+            reasons = f" ({skipped[0]['source']}: {skipped[0]['reason']}, ...)" if skipped else ""
+            raise UserError(
+                f"no row for the train split: {len(rows)} usable images{reasons}; give more images"
+            )
+        rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
+        write_lines(output_dir / "skipped.jsonl", skipped)
+        write_lines(path, [{"settings": settings}, *map(asdict, rows)])
+    with open(path) as file:
+        found = json.loads(file.readline())["settings"]
+        for name in [*settings, *found]:
+            if found.get(name) != settings.get(name):
+                then, now = found.get(name), settings.get(name)
+                raise UserError(
+                    f"--output_dir: {output_dir} was begun with another {name} ({str(then)[:60]}, now "
+                    f"{str(now)[:60]}); run the command it was begun with or choose another folder"
+                )
+        rows = [Row(**json.loads(line)) for line in file]
+    for (
+        row
+    ) in rows:  # one string object per split and task: the plan is the only thing that grows with the images
+        row.split, row.task, row.input = sys.intern(row.split), sys.intern(row.task), sys.intern(row.input)
+    return rows
+
+
+def cut(rows: list[Row], max_rows: int, max_pixels: int) -> list[list[Row]]:
+    """Consecutive runs of at most `max_rows` rows and `max_pixels` pixels (a larger row stands alone)."""
+    runs, pixels = [], 0
+    for row in rows:
+        size = row.width * row.height
+        if not runs or len(runs[-1]) == max_rows or pixels + size > max_pixels:
+            runs.append([])
+            pixels = 0
+        runs[-1].append(row)
+        pixels += size
+    return runs
+
+
+def name_shards(rows: list[Row], rows_per_shard: int) -> dict[str, list[Row]]:
+    """File name -> rows. Inside a shard rows of one size come together, to be worked on in batches."""
+    shards = {}
+    for split in SPLITS:
+        runs = cut([row for row in rows if row.split == split], rows_per_shard, SHARD_PIXELS)
+        for i, run in enumerate(runs):
+            name = f"{split}-{i:05d}-of-{len(runs):05d}.parquet"
+            shards[name] = sorted(run, key=lambda row: (row.height, row.width))
+    return shards
+
+
+def is_complete(path: Path, count: int) -> bool:
+    """Whether the shard is there. A renamed file is whole; a damaged one is made again."""
+    import pyarrow.parquet as pq
+
+    try:
+        return path.exists() and pq.read_metadata(path).num_rows == count
+    except (OSError, ValueError):
+        return False
+
+
+def write_shard(output_dir: Path, name: str, rows: list[Row], features: dict, make_rows, bar) -> None:
+    """Make a shard's row groups, each a file in parts/ as soon as it is done, then join them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = arrow_schema(features)
+    # PNG does not compress further, and a dictionary of images only costs time.
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    parts = output_dir / "parts" / name.removesuffix(".parquet")
+    parts.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, group in enumerate(cut(rows, GROUP_ROWS, GROUP_PIXELS)):
+        paths.append(parts / f"{i:05d}.parquet")
+        if not is_complete(paths[-1], len(group)):
+            made = make_rows(group)
+            columns = {
+                column: [{"bytes": row[column], "path": None} for row in made]
+                if feature.get("_type") == "Image"
+                else [row[column] for row in made]
+                for column, feature in features.items()
+            }
+            temporary = paths[-1].with_suffix(".tmp")
+            pq.write_table(pa.table(columns, schema=schema), temporary, **options)
+            os.replace(temporary, paths[-1])
+        bar.update(len(group))
+    temporary = parts / "joined.tmp"
+    with pq.ParquetWriter(temporary, schema, **options) as writer:
+        for path in paths:
+            writer.write_table(pq.read_table(path, schema=schema))
+    os.replace(temporary, output_dir / "data" / name)
+    shutil.rmtree(parts, ignore_errors=True)
+
+
+def arrow_schema(features: dict):
+    """The Arrow schema of `features`, with the metadata by which `datasets` and the Hub know images."""
+    import pyarrow as pa
+
+    types = {
+        "Image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        "Value": pa.string(),
+        "List": pa.list_(pa.string()),
+    }
+    fields = [(column, types[feature["_type"]]) for column, feature in features.items()]
+    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def wait_for(output_dir: Path, shards: dict[str, list[Row]], missing: list[str]) -> None:
+    """Wait for the other processes' shards."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=len(missing), desc="waiting for other processes", unit=" shards", disable=not missing
+    ) as bar:
+        while missing:
+            left = [
+                name for name in missing if not is_complete(output_dir / "data" / name, len(shards[name]))
+            ]
+            bar.update(len(missing) - len(left))
+            missing = left
+            time.sleep(0.5 if missing else 0)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    os.replace(temporary, path)
+
+
+def encode_png(image) -> bytes:
+    """(H, W, 3) uint8 RGB -> PNG file. Level 1: within a few per cent of the slowest in size, and quick."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pairs: int = 12, side: int = 224):
+    """A contact sheet, (H, W, 3) uint8: rows of every task, input left, target right, instruction below."""
+    import numpy as np
+    import pyarrow.parquet as pq
+    from PIL import Image, ImageDraw, ImageOps
+
+    by_task: dict[str, list[tuple[str, int]]] = {}
+    for name, rows in shards.items():
+        step = max(1, len(rows) // pairs)  # rows lie by size: take them from all over the shard
+        for i in range(0, len(rows), step):
+            by_task.setdefault(rows[i].task, []).append((name, i))
+    each = -(-pairs // len(by_task))
+    chosen = [place for places in by_task.values() for place in places[:each]]
+
+    first, second = (column for column, feature in features.items() if feature["_type"] == "Image")
+    text = next(column for column, feature in features.items() if feature["_type"] != "Image")
+    width, height = 2 * side + 12, side + 30
+    sheet = Image.new("RGB", (2 * width, -(-len(chosen) // 2) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, (name, i) in enumerate(chosen):
+        file = pq.ParquetFile(output_dir / "data" / name)
+        group = 0
+        while i >= file.metadata.row_group(group).num_rows:
+            i -= file.metadata.row_group(group).num_rows
+            group += 1
+        row = file.read_row_group(group).slice(i, 1).to_pylist()[0]
+        x, y = (n % 2) * width, (n // 2) * height
+        for column, offset in ((first, 4), (second, side + 8)):
+            image = ImageOps.contain(
+                Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB"), (side, side)
+            )
+            sheet.paste(image, (x + offset + (side - image.width) // 2, y + 4 + (side - image.height) // 2))
+        caption = row[text] if isinstance(row[text], str) else f"{row[text][0]} (1 of {len(row[text])})"
+        draw.text((x + 6, y + side + 8), caption[:72], fill="black")
+    return np.asarray(sheet)
+
+
+def card(
+    title: str,
+    licence: str,
+    tags: list[str],
+    about: str,
+    columns: dict[str, str],
+    licences: str,
+    rows: list[Row],
+    skipped: list[dict],
+    checksums: dict[str, str],
+    seed: int,
+) -> str:
+    """The dataset card: front matter that `datasets.load_dataset` reads, then what a reader needs to know."""
+    splits = [split for split in SPLITS if any(row.split == split for row in rows)]
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    counts = {(task, split): 0 for task in tasks for split in splits}
+    for row in rows:
+        counts[row.task, row.split] += 1
+    lines = ["---", f"license: {licence}", "task_categories:", "- image-to-image", "tags:"]
+    lines += [f"- {tag}" for tag in tags]
+    lines += ["configs:", "- config_name: default", "  data_files:"]
+    for split in splits:
+        lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
+    lines += ["---", "", f"# {title}", "", about, "", "![preview](preview.png)", "", "## Columns", ""]
+    lines += [
+        "| column | content |",
+        "|---|---|",
+        *(f"| `{name}` | {text} |" for name, text in columns.items()),
+        "",
+    ]
+    lines += ["## Rows", "", f"| task | {' | '.join(splits)} |", "|---|" + "---:|" * len(splits)]
+    lines += [f"| {task} | {' | '.join(str(counts[task, split]) for split in splits)} |" for task in tasks]
+    if len(tasks) > 1:
+        lines += [f"| all | {' | '.join(str(sum(row.split == split for row in rows)) for split in splits)} |"]
+    lines += [
+        "",
+        f"Left out: {len(skipped)} (`skipped.jsonl` says which and why).",
+        "",
+        "## Licences",
+        "",
+        licences,
+        "",
+    ]
+    command = shlex.join(["python", *sys.argv])
+    lines += [
+        "## How it was made",
+        "",
+        "```bash",
+        command,
+        "```",
+        "",
+        f"Seed {seed}. SHA-256 of the files:",
+        "",
+    ]
+    lines += ["```", *(f"{digest}  data/{name}" for name, digest in checksums.items()), "```", ""]
+    return "\n".join(lines)
