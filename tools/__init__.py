@@ -1,0 +1,1 @@
+"""Scripts that make what is kept under assets/: the tiny base models."""
