@@ -1,5 +1,6 @@
 """The parts of a Stable Diffusion pipeline: checked before weights load, loaded, widened, put together again."""
 
+import importlib.util
 import json
 import logging
 import os
@@ -199,14 +200,15 @@ def _where(args, revision) -> dict:
 
 def enable_memory_efficient_attention(unet: UNet2DConditionModel) -> None:
     """xformers if it is there and works; otherwise one line, and PyTorch's attention, which is as lean, stays."""
-    try:
-        unet.enable_xformers_memory_efficient_attention()
-    except Exception as error:  # absent, built for another torch, no GPU: each raises something of its own
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        logger.warning(
-            "xformers cannot be used (%s); PyTorch's scaled-dot-product attention does the work, training goes on",
-            reason,
-        )
+    if importlib.util.find_spec("xformers") is None:
+        reason = "not installed"
+    else:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+            return
+        except Exception as error:  # built for another torch, no GPU: each raises something of its own
+            reason = " ".join(str(error).split())[:200]
+    logger.warning("xformers cannot be used (%s); PyTorch's scaled-dot-product attention does the work", reason)
 
 
 @torch.no_grad()

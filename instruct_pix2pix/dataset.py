@@ -106,6 +106,8 @@ def _load_rows(name: str, source: str, args) -> datasets.Dataset:
                 name, args.dataset_config_name, cache_dir=args.cache_dir, token=args.hub_token
             )
     except Exception as error:  # datasets raises a dozen kinds for what is wrong with a source
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{source} is empty; it needs at least one row") from error
         raise UserError(f"{source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if isinstance(loaded, datasets.Dataset):
         return loaded
@@ -239,7 +241,8 @@ def open_image(cell: dict | None) -> Image.Image:
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    # The base class's getexif: the PNG reader's own would decode the whole image to look for a late chunk.
+    turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
     return (image.height, image.width) if turned else image.size
 
 

@@ -1,0 +1,514 @@
+"""Both scripts from end to end on the tiny base: what they write, that they resume exactly, what they refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from instruct_pix2pix import checkpoint as checkpoints
+from instruct_pix2pix.errors import UserError
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+# ---- what a run leaves
+
+
+@pytest.mark.parametrize("script", ["train", "finetune"])
+def test_a_run_leaves_a_pipeline_that_loads_whole_and_edits(script, small_run, caplog):
+    output_dir = small_run(script, use_ema=True, random_flip=True)
+    model, report = None, None
+    for part in ("unet", "vae", "text_encoder"):
+        assert [p.suffix for p in (output_dir / part).iterdir() if p.name != "config.json"] == [".safetensors"]
+    from diffusers import UNet2DConditionModel
+
+    model, report = UNet2DConditionModel.from_pretrained(output_dir, subfolder="unet", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and model.config.in_channels == 8
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    photo = Image.open(ROOT / "assets/photos/test/sea6.webp").resize((64, 64))
+    edited = pipeline("blur it", image=photo, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+    assert edited.images[0].size == (64, 64)
+    config = json.loads((output_dir / "training_config.json").read_text())
+    assert config["seed"] == 7 and config["use_ema"] is True and "hub_token" not in config
+    summary = json.loads((output_dir / "training_summary.json").read_text())
+    assert summary["steps"] == 4 and summary["train_seconds"] > 0 and summary["images_per_update"] == 4
+    card = (output_dir / "README.md").read_text()
+    assert "tiny-" in card and "`--conditioning_dropout_prob` | `0.05`" in card and "from_pretrained" in card
+    assert len(losses(output_dir)) == 4
+    assert not list(output_dir.glob(".*"))
+
+
+def test_training_learns_the_task(small_run):
+    """A run long enough to see the loss fall on the very pairs it is shown."""
+    output_dir = small_run(max_train_steps=40, learning_rate=3e-3)
+    history = losses(output_dir)
+    assert sum(history[-10:]) < 0.97 * sum(history[:10])
+
+
+def test_the_export_holds_the_average_where_one_is_kept(small_run):
+    output_dir = small_run(use_ema=True, checkpointing_steps=4)
+    names = load_file(output_dir / UNET)
+    average = load_file(output_dir / "checkpoint-4" / "ema.safetensors")
+    live = load_file(output_dir / "checkpoint-4" / UNET)
+    assert all(torch.equal(names[key], average[key]) for key in names)
+    assert any(not torch.equal(live[key], average[key]) for key in names)
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "steps"),
+    [
+        pytest.param(2, 2, 2, id="in the middle of the first epoch"),  # 8 of 10 rows seen
+        pytest.param(3, 2, 3, id="an epoch ended inside an accumulation window"),  # rows 10 is inside update 2
+    ],
+)
+def test_k_plus_k_updates_equal_2k_updates_bit_by_bit(batch, accumulation, steps, small_run, tmp_path):
+    """Weights, average, optimizer state and losses, with flips, random crops, dropout and a warmed-up schedule."""
+    flags = {
+        "train_batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "max_train_steps": 2 * steps,
+        "checkpointing_steps": steps,
+        "use_ema": True,
+        "random_flip": True,
+        "conditioning_dropout_prob": 0.2,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+    }
+    whole = small_run(name="whole", **flags)
+    # What a run killed after its first checkpoint leaves behind.
+    (tmp_path / "halved").mkdir()
+    copy_tree(whole / f"checkpoint-{steps}", tmp_path / "halved" / f"checkpoint-{steps}")
+    shutil.copy(whole / "training_log.jsonl", tmp_path / "halved")
+    halved = small_run(name="halved", resume_from_checkpoint="latest", **flags)
+    for file in (UNET, f"checkpoint-{2 * steps}/{UNET}", f"checkpoint-{2 * steps}/ema.safetensors"):
+        assert_same_tensors(whole / file, halved / file)
+    assert_same_tensors(
+        whole / f"checkpoint-{2 * steps}/optimizer.safetensors",
+        halved / f"checkpoint-{2 * steps}/optimizer.safetensors",
+    )
+    assert losses(whole) == losses(halved) and len(losses(whole)) == 2 * steps
+
+
+def test_resuming_reads_no_sample_that_was_already_seen(small_run, monkeypatch, tmp_path):
+    from instruct_pix2pix.dataset import TripleDataset
+
+    whole = small_run(name="whole", checkpointing_steps=2)
+    (tmp_path / "halved").mkdir()
+    copy_tree(whole / "checkpoint-2", tmp_path / "halved" / "checkpoint-2")
+    positions = []
+    original = TripleDataset.__getitem__
+    monkeypatch.setattr(TripleDataset, "__getitem__", lambda self, p: positions.append(p) or original(self, p))
+    small_run(name="halved", resume_from_checkpoint="checkpoint-2")
+    assert sorted(positions) == list(range(8, 16))
+
+
+def test_a_left_out_seed_is_drawn_written_down_and_kept_on_resume(small_run, tmp_path):
+    first = small_run(name="a", seed=None, max_train_steps=2, checkpointing_steps=1)
+    second = small_run(name="b", seed=None, max_train_steps=1)
+    seeds = [json.loads((run / "training_config.json").read_text())["seed"] for run in (first, second)]
+    assert seeds[0] != seeds[1]
+    (tmp_path / "c").mkdir()
+    copy_tree(first / "checkpoint-1", tmp_path / "c" / "checkpoint-1")
+    resumed = small_run(name="c", seed=None, max_train_steps=2, resume_from_checkpoint="latest")
+    assert json.loads((resumed / "training_config.json").read_text())["seed"] == seeds[0]
+    assert_same_tensors(first / UNET, resumed / UNET)
+
+
+def test_a_finished_run_asked_to_resume_only_exports_again(small_run):
+    output_dir = small_run(checkpointing_steps=4)
+    before = load_file(output_dir / UNET)
+    small_run(checkpointing_steps=4, resume_from_checkpoint="latest")
+    after = load_file(output_dir / UNET)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_flags_that_change_on_resume_are_named(small_run, caplog):
+    small_run(max_train_steps=1, checkpointing_steps=1)
+    small_run(max_train_steps=2, learning_rate=5e-4, resume_from_checkpoint="latest")
+    assert "learning_rate 0.001 -> 0.0005" in caplog.text
+
+
+# ---- checkpoints
+
+
+def test_only_the_newest_checkpoints_are_kept_and_stay_so_on_resume(small_run):
+    output_dir = small_run(checkpointing_steps=1, checkpoints_total_limit=2)
+    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-3", "checkpoint-4"]
+    small_run(max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=2, resume_from_checkpoint="latest")
+    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_a_failure_while_a_checkpoint_is_written_leaves_the_last_one_in_use(small_run, monkeypatch):
+    real, calls = checkpoints.write_json, []
+
+    def fail_the_second_time(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError("No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoints, "write_json", fail_the_second_time)
+    with pytest.raises(OSError, match="No space"):
+        small_run(checkpointing_steps=1, checkpoints_total_limit=1)
+    monkeypatch.setattr(checkpoints, "write_json", real)
+    output_dir = Path(calls[0][0]).parent.parent
+    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-1"]
+    assert list(output_dir.glob(".checkpoint-2.partial"))
+    small_run(checkpointing_steps=1, checkpoints_total_limit=1, resume_from_checkpoint="latest")
+    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-4"]
+    assert not list(output_dir.glob(".*"))
+
+
+KILL_WHILE_WRITING = """
+import os, signal, sys
+from instruct_pix2pix import checkpoint
+flush, seen = checkpoint._flush, []
+def kill_in_the_second_checkpoint(path):
+    if ".checkpoint-2.partial" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    flush(path)
+checkpoint._flush = kill_in_the_second_checkpoint
+from finetune_instruct_pix2pix import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_while_writing_a_checkpoint_goes_on_from_the_one_before(base_models, pairs, small_run, tmp_path):
+    output_dir = tmp_path / "run"
+    flags = {
+        "pretrained_model_name_or_path": base_models["finetune"],
+        "train_data_dir": pairs,
+        "output_dir": output_dir,
+        "resolution": 64,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "seed": 7,
+        "report_to": "none",
+        "checkpointing_steps": 1,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_WHILE_WRITING, *to_argv(flags)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-1"]
+    small_run(checkpointing_steps=1, resume_from_checkpoint="latest")
+    uninterrupted = small_run(name="uninterrupted")
+    assert_same_tensors(output_dir / UNET, uninterrupted / UNET)
+
+
+def test_a_replaced_checkpoint_that_was_stepping_aside_comes_back(tmp_path):
+    (tmp_path / ".checkpoint-3.replaced").mkdir()
+    (tmp_path / ".checkpoint-4.partial").mkdir()
+    checkpoints.remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_checkpoints_that_cannot_be_resumed_from(small_run, tmp_path):
+    with pytest.raises(UserError, match="--resume_from_checkpoint: .*nowhere does not exist"):
+        small_run(resume_from_checkpoint=str(tmp_path / "nowhere"))
+    output_dir = small_run(max_train_steps=1, checkpointing_steps=1)
+    optimizer = output_dir / "checkpoint-1" / "optimizer.safetensors"
+    optimizer.write_bytes(optimizer.read_bytes()[:-10])
+    with pytest.raises(UserError, match="incomplete .optimizer.safetensors"):
+        small_run(resume_from_checkpoint="latest")
+    (output_dir / "checkpoint-1" / "state.json").unlink()
+    with pytest.raises(UserError, match="incomplete .no readable state.json"):
+        small_run(resume_from_checkpoint="checkpoint-1")
+
+
+def test_latest_starts_anew_where_there_is_no_checkpoint_yet(small_run):
+    assert len(losses(small_run(resume_from_checkpoint="latest"))) == 4
+
+
+def test_an_earlier_run_is_never_overwritten(small_run):
+    small_run(max_train_steps=1, checkpointing_steps=1)
+    with pytest.raises(UserError, match="--output_dir: .* holds checkpoint-1 of an earlier run"):
+        small_run()
+    small_run(name="other", max_train_steps=1)
+    with pytest.raises(UserError, match="--output_dir: .* holds a trained pipeline already"):
+        small_run(name="other")
+
+
+def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs, tmp_path):
+    folder = copy_tree(pairs, tmp_path / "damaged")
+    content = (folder / "edited" / "3.png").read_bytes()
+    (folder / "edited" / "3.png").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="row 3, column edited_image: cannot be decoded"):
+        small_run(train_data_dir=folder, gradient_accumulation_steps=1, train_batch_size=1, max_train_steps=20)
+    kept = checkpoints.list_checkpoints(tmp_path / "run")
+    assert len(kept) == 1
+    (folder / "edited" / "3.png").write_bytes(content)
+    flags = {"gradient_accumulation_steps": 1, "train_batch_size": 1, "max_train_steps": 20}
+    mended = small_run(train_data_dir=folder, resume_from_checkpoint="latest", **flags)
+    whole = small_run(name="whole", **flags)
+    assert losses(mended) == losses(whole)
+    assert_same_tensors(mended / UNET, whole / UNET)
+
+
+# ---- validation and tracking
+
+
+def test_validation_shows_pictures_and_changes_nothing(small_run):
+    flags = {"use_ema": True, "conditioning_dropout_prob": 0.3, "random_flip": True}
+    plain = small_run(name="plain", **flags)
+    watched = small_run(
+        name="watched",
+        val_image_url=ROOT / "assets/photos/test/sea6.webp",
+        validation_prompt="blur it",
+        validation_steps=2,
+        num_validation_images=2,
+        report_to="tensorboard",
+        **flags,
+    )
+    assert losses(plain) == losses(watched)
+    assert_same_tensors(plain / UNET, watched / UNET)
+    sheets = sorted((watched / "validation").iterdir())
+    assert [sheet.name for sheet in sheets] == ["step-000002.png", "step-000004.png"]
+    width, height = Image.open(sheets[0]).size
+    assert height == 128 and width > 3 * 128
+    events = next((watched / "logs").rglob("events.out.tfevents.*")).read_bytes()
+    assert b"validation" in events and b"grad_norm" in events and b"images_per_second" in events
+
+
+def test_validation_by_epochs_happens_when_an_epoch_is_complete(small_run):
+    output_dir = small_run(
+        max_train_steps=6,
+        validation_epochs=1,
+        num_validation_images=1,
+        val_image_url=ROOT / "assets/photos/test/sea6.webp",
+        validation_prompt="blur it",
+    )
+    # Ten rows, four a step: the first epoch is complete in update 3, the second in update 5; 6 is the end.
+    names = sorted(path.name for path in (output_dir / "validation").iterdir())
+    assert names == ["step-000003.png", "step-000005.png", "step-000006.png"]
+
+
+def test_an_unreachable_validation_address_is_warned_of_and_training_goes_on(small_run, caplog):
+    output_dir = small_run(
+        max_train_steps=1, val_image_url="http://127.0.0.1:9/mountain.png", validation_prompt="blur it"
+    )
+    assert "--val_image_url: http://127.0.0.1:9/mountain.png cannot be read" in caplog.text
+    assert (output_dir / "model_index.json").exists() and not (output_dir / "validation").exists()
+
+
+@pytest.mark.slow
+def test_wandb_records_offline_and_never_sees_the_token(base_models, pairs, tmp_path):
+    token = "hf_averysecrettoken0123456789"
+    flags = {
+        "pretrained_model_name_or_path": base_models["finetune"],
+        "train_data_dir": pairs,
+        "output_dir": tmp_path / "run",
+        "resolution": 64,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "report_to": "wandb,tensorboard",
+        "hub_token": token,
+        "checkpointing_steps": 1,
+        "val_image_url": ROOT / "assets/photos/test/sea6.webp",
+        "validation_prompt": "blur it",
+        "num_validation_images": 1,
+    }
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment.update(HOME=str(tmp_path), NETRC=str(tmp_path / "none"))
+    done = subprocess.run(
+        [sys.executable, ROOT / "finetune_instruct_pix2pix.py", *to_argv(flags)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recording offline" in done.stderr
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    recorded = [path for path in files if "wandb" in path.parts and path.suffix == ".wandb"]
+    assert recorded and b"grad_norm" in recorded[0].read_bytes()
+    assert any("table" in path.name or path.suffix == ".png" for path in files if "wandb" in path.parts)
+    for path in files:
+        assert token.encode() not in path.read_bytes(), path
+    assert token not in done.stdout + done.stderr
+
+
+# ---- several processes
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(base_models, pairs, small_run, tmp_path):
+    """conv_in is widened on both ranks, noise differs between them, checkpoints do not hang, and the sum is the same
+    update: 2 processes x batch 1 x accumulation 2 against 1 x 2 x 2."""
+    flags = {
+        "pretrained_model_name_or_path": base_models["train"],
+        "train_data_dir": pairs,
+        "output_dir": tmp_path / "two",
+        "resolution": 64,
+        "train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 3,
+        "learning_rate": 1e-3,
+        "seed": 7,
+        "report_to": "none",
+        "checkpointing_steps": 2,
+        "use_ema": True,
+        "conditioning_dropout_prob": 0.2,
+    }
+    # accelerate launch starts several CPU processes only over MPI; torchrun sets up the same environment.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launcher, ROOT / "train_instruct_pix2pix.py", *to_argv(flags)],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    one = small_run(
+        "train", name="one", **{k: v for k, v in flags.items() if k not in ("output_dir",)} | {"train_batch_size": 2}
+    )
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
+    single, double = load_file(one / UNET), load_file(tmp_path / "two" / UNET)
+    for name in single:
+        torch.testing.assert_close(single[name], double[name], rtol=1e-3, atol=2e-4)
+    assert (tmp_path / "two" / "checkpoint-2" / "state.json").exists()
+
+
+def test_workers_do_not_change_what_is_trained(small_run):
+    inline = small_run(name="inline", random_flip=True)
+    workers = small_run(name="workers", random_flip=True, dataloader_num_workers=2)
+    assert losses(inline) == losses(workers)
+
+
+# ---- precision and attention
+
+
+def test_gradient_checkpointing_is_bitwise_the_same(small_run):
+    assert losses(small_run(name="a")) == losses(small_run(name="b", gradient_checkpointing=True))
+
+
+def test_xformers_that_cannot_be_used_is_one_line_and_training_goes_on(small_run, caplog):
+    small_run(max_train_steps=1, enable_xformers_memory_efficient_attention=True)
+    lines = [record.getMessage() for record in caplog.records if "xformers cannot" in record.getMessage()]
+    assert len(lines) == 1 and "scaled-dot-product" in lines[0] and "\n" not in lines[0]
+
+
+@pytest.mark.slow
+def test_bf16_trains_and_exports_the_frozen_parts_unrounded(small_run, base_models):
+    output_dir = small_run(max_train_steps=2, mixed_precision="bf16", train_batch_size=1)
+    assert_same_tensors(
+        output_dir / "vae/diffusion_pytorch_model.safetensors",
+        base_models["finetune"] / "vae/diffusion_pytorch_model.safetensors",
+    )
+    assert all(tensor.dtype == torch.float32 for tensor in load_file(output_dir / UNET).values())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="asks for fp16 where there is no GPU")
+@pytest.mark.parametrize("how", ["flag", "launcher"])
+def test_fp16_without_a_gpu_is_refused(how, small_run, monkeypatch):
+    if how == "launcher":
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="--mixed_precision: fp16 needs a GPU.*bf16 or no"):
+        small_run(mixed_precision="fp16" if how == "flag" else None)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fp16_trains_on_a_gpu_with_loss_scaling(small_run):
+    output_dir = small_run(max_train_steps=4, mixed_precision="fp16", use_ema=True, checkpointing_steps=4)
+    state = checkpoints.read_state(output_dir / "checkpoint-4")
+    assert state["loss_scaler"]["scale"] > 1
+    assert all(loss == loss for loss in losses(output_dir))
+
+
+# ---- mistakes, before any weight is loaded
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if a mistake is noticed only after weights were loaded."""
+    from instruct_pix2pix import components
+
+    def loaded(*_):
+        raise AssertionError("weights were loaded before the mistake was noticed")
+
+    monkeypatch.setattr(components, "load_frozen", loaded)
+    monkeypatch.setattr(components, "load_unet", loaded)
+
+
+def test_each_script_names_the_other_for_the_wrong_kind_of_model(small_run, base_models, no_weights):
+    with pytest.raises(UserError, match="4-channel UNet.*train_instruct_pix2pix.py"):
+        small_run("finetune", pretrained_model_name_or_path=base_models["train"])
+    with pytest.raises(UserError, match="8-channel UNet.*finetune_instruct_pix2pix.py"):
+        small_run("train", pretrained_model_name_or_path=base_models["finetune"])
+
+
+def test_models_that_cannot_be_used(small_run, base_models, no_weights, tmp_path):
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path: /no/such/folder is not a folder"):
+        small_run(pretrained_model_name_or_path="/no/such/folder")
+    with pytest.raises(UserError, match="cannot read unet of nobody/no-such-model"):
+        small_run(pretrained_model_name_or_path="nobody/no-such-model")
+    partial = copy_tree(base_models["finetune"], tmp_path / "partial")
+    (partial / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="unet holds no weights"):
+        small_run(pretrained_model_name_or_path=partial)
+    shutil.rmtree(partial / "vae")
+    with pytest.raises(UserError, match="has no vae/config.json"):
+        small_run(pretrained_model_name_or_path=partial)
+
+
+def test_broken_weights_are_one_line(small_run, base_models, tmp_path):
+    broken = copy_tree(base_models["finetune"], tmp_path / "broken")
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot read unet of") as caught:
+        small_run(pretrained_model_name_or_path=broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_resolution_that_does_not_fit_names_its_neighbours(small_run, no_weights):
+    with pytest.raises(UserError, match=r"--resolution: 70 is not a multiple of 16.*use 64 or 80"):
+        small_run(resolution=70)
+
+
+def test_a_wrong_column_is_noticed_before_weights_load(small_run, no_weights):
+    with pytest.raises(UserError, match="--edit_prompt_column: words is not a column"):
+        small_run(edit_prompt_column="words")
+
+
+def test_a_local_validation_file_that_is_no_image(small_run, no_weights, tmp_path):
+    (tmp_path / "note.png").write_text("not an image")
+    with pytest.raises(UserError, match="--val_image_url: .*note.png is not a readable image"):
+        small_run(val_image_url=tmp_path / "note.png", validation_prompt="blur it")
+
+
+def test_dry_run_prints_the_resolved_configuration_and_loads_nothing(small_run, no_weights, capsys, tmp_path):
+    small_run(dry_run=True, num_train_epochs=3, max_train_steps=None)
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["updates"] == 8 and printed["images_per_update"] == 4 and printed["dataset"]["rows"] == 10
+    assert printed["flags"]["conditioning_dropout_prob"] == 0.05 and printed["flags"]["max_train_steps"] == 8
+    assert not (tmp_path / "run").exists()
+
+
+def test_scale_lr_multiplies_once(small_run, capsys):
+    small_run(dry_run=True, scale_lr=True, learning_rate=1e-4)
+    assert json.loads(capsys.readouterr().out)["flags"]["learning_rate"] == pytest.approx(4e-4)
+
+
+def test_training_without_dropout_is_allowed_and_warned_about(small_run, caplog):
+    small_run(dry_run=True, conditioning_dropout_prob=0)
+    assert "guidance will not work" in caplog.text
