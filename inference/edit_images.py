@@ -188,8 +188,6 @@ def parse_arguments(argv: list[str] | None):
         parser.error("--instruction: give either --instruction or --instructions_file")
     if args.instruction is not None and not args.instruction.strip():
         parser.error("--instruction: the text is empty; say what to do with the images")
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        parser.error(f"--output_dir: {args.output_dir} is a file; give a folder")
     return parser, args
 
 
@@ -314,6 +312,7 @@ def main(argv: list[str] | None = None) -> None:
     scaled = 0
     try:
         edits = plan(args)
+        editing.check_folder("--output_dir", output_dir)
         editing.check_model(args.model_id)
         model = planning.model_fingerprint(args.model_id)
         records = planning.read_records(output_dir)

@@ -270,6 +270,16 @@ def restore_image(edited: Image.Image, size: tuple[int, int], resolution: int) -
     return edited if inner == size else edited.resize(size, Image.Resampling.LANCZOS)
 
 
+def check_folder(flag: str, folder: str | os.PathLike) -> None:
+    """Raise ValueError, in one line, if files cannot be written into `folder`, which need not exist yet."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{flag}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}: {existing} is not writable; choose another folder")
+
+
 def check_output(path: str, image: str) -> None:
     """Raise ValueError, in one line, if the edited `image` cannot be written to `path`."""
     if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -278,6 +288,7 @@ def check_output(path: str, image: str) -> None:
         raise ValueError(f"--output: {path} is a folder; give the name of a file")
     if Path(path).exists() and Path(image).exists() and Path(path).samefile(image):
         raise ValueError(f"--output: {path} is the input image itself; give another name")
+    check_folder("--output", Path(path).parent)
 
 
 def encode_image(image: Image.Image, suffix: str) -> bytes:

@@ -29,6 +29,14 @@ import editing  # noqa: E402
 import planning  # noqa: E402
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    """In float32, also on a machine with a GPU: half precision would not hold what these tests hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A complete InstructPix2Pix pipeline with random weights, small enough for a test."""
@@ -141,6 +149,7 @@ def shell_of_a_model(tmp_path):
             ["--output", "cartoon.txt"],
             "--output: cartoon.txt has no ending for an image; use .png, .jpg or .webp",
         ),
+        (["--output", f"{PHOTOS[0]}/x.png"], f"--output: {PHOTOS[0]} is a file; give a folder"),
         (["--output", str(PHOTOS[0])], "is the input image itself; give another name"),
         (
             ["--model_id", "./nowhere"],
@@ -191,7 +200,7 @@ def test_snippet_needs_an_image_and_eight_channels(shell_of_a_model, capsys):
         (["photos", "--instruction", "x", "--format", "gif"], "--format: invalid choice: 'gif'"),
         (
             ["photos", "--instruction", "x", "--output_dir", "a.txt"],
-            "--output_dir: a.txt is a file; give a folder",
+            "/a.txt is a file; give a folder",
         ),
         (["photos", "--instructions_file", "a.txt"], "--instructions_file: a.txt holds no instruction"),
         (["photos", "--instructions_file", "a.md"], "--instructions_file: a.md has an unknown ending"),
@@ -347,7 +356,13 @@ def test_low_level_snippet_from_the_hub(model, photos, tmp_path):
         "path_or_fileobj=sys.argv[2])"
     )
     with loopback_hub(tmp_path / "hub") as hub:
-        run = partial(subprocess.run, env=hub.environment(), cwd=tmp_path, capture_output=True, text=True)
+        run = partial(
+            subprocess.run,
+            env=hub.environment(CUDA_VISIBLE_DEVICES=""),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
         done = run([sys.executable, "-c", upload, model, photos / "a.png"])
         assert done.returncode == 0, done.stderr
         url = f"{hub.url}/datasets/tester/photos/resolve/main/a.png"
@@ -397,6 +412,33 @@ def test_output_does_not_depend_on_batch_or_company(edited, model, photos, tmp_p
     snippet = ["--image", photos / "b.jpg", "--model_id", model, "--steps", 2, "--seed", seed, *instruction]
     cartoonize.main(list(map(str, [*snippet, "--output", tmp_path / "snippet.png"])))
     assert np.abs(pixels(tmp_path / "snippet.png") - pixels(edited / "b.png")).max() <= 1
+
+
+def test_noise_depends_on_the_seed_and_the_image_alone():
+    seeds = {edit_images.noise_seed(seed, image) for seed in range(40) for image in ("ab", "cd", "1ab")}
+    assert len(seeds) == 120 and all(0 <= seed < 2**32 for seed in seeds)
+    assert edit_images.noise_seed(0, "ab") == 681517781  # a change would make every resumed folder a mixture
+
+
+def test_batches_share_a_size_once_padded():
+    sizes = {
+        name: size for name, size in zip("abcdef", [(64, 48)] * 3 + [(60, 40), (48, 64), (1, 1)], strict=True)
+    }
+    batches = edit_images.make_batches(sizes, 16, 2)
+    assert batches == [["a", "b"], ["c", "d"], ["e"], ["f"]]
+
+
+@pytest.mark.gpu
+def test_half_precision_on_a_gpu(model, photos, tmp_path, monkeypatch):
+    import torch
+
+    if torch.cuda.device_count() == 0:
+        pytest.skip("needs a CUDA device")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    edit(model, photos, "--instruction", "x", "--output_dir", tmp_path / "out")
+    [*records, _] = [json.loads(line) for line in (tmp_path / "out/edits.jsonl").read_text().splitlines()]
+    assert len(records) == 5 and {record["device"] for record in records} == {"cuda"}
+    assert all(pixels(tmp_path / "out" / record["output"]).std() > 1 for record in records)
 
 
 def test_same_command_makes_only_what_is_missing(edited, model, photos, tmp_path, capsys, monkeypatch):
