@@ -57,9 +57,7 @@ def upright_size(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the orientations that swap the sides
             return image.size[::-1] if turned else image.size
     except Exception as error:  # Pillow's readers raise almost anything on damaged bytes
-        reason = (
-            "not an image" if isinstance(error, Image.UnidentifiedImageError) else editing.first_line(error)
-        )
+        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else editing.first_line(error)
         raise ValueError(f"{path}: cannot be read ({reason})") from None
 
 
@@ -73,9 +71,7 @@ def make_batches(sizes: dict[Edit, tuple[int, int]], multiple: int, batch_size: 
         padded = (width + -width % multiple, height + -height % multiple)
         groups.setdefault(padded, []).append(edit)
     return [
-        group[start : start + batch_size]
-        for group in groups.values()
-        for start in range(0, len(group), batch_size)
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
     ]
 
 
@@ -160,14 +156,10 @@ def parse_arguments(argv: list[str] | None):
     what = parser.add_argument_group("images and instructions")
     what.add_argument("inputs", nargs="*", help="files, folders (searched to any depth) or quoted globs")
     what.add_argument("--instruction", help="one instruction for all images")
-    what.add_argument(
-        "--instructions_file", help="several: a .txt, or a .jsonl or .csv that names its images"
-    )
+    what.add_argument("--instructions_file", help="several: a .txt, or a .jsonl or .csv that names its images")
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", required=True, help="folder for the edited images, made if missing")
-    output.add_argument(
-        "--format", choices=("png", "jpg", "webp"), default="png", help="file type of the outputs"
-    )
+    output.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="file type of the outputs")
     output.add_argument(
         "--contact_sheet",
         type=editing.whole_number(0),
@@ -200,9 +192,7 @@ def plan(args) -> list[Edit]:
         lines = planning.read_instructions(args.instructions_file)
     if lines[0][0] is not None:
         if args.inputs:
-            raise ValueError(
-                f"{args.inputs[0]}: {args.instructions_file} names the images; give one or the other"
-            )
+            raise ValueError(f"{args.inputs[0]}: {args.instructions_file} names the images; give one or the other")
         folder = Path(args.instructions_file).parent
         wanted = [((folder / image).resolve(), image, instruction) for image, instruction in lines]
     elif not args.inputs:
@@ -275,9 +265,7 @@ def edit_all(parser, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[i
                     "noise_seed": seed,
                 }
                 record |= {"width": image.width, "height": image.height, "device": device}
-                planning.keep(
-                    output_dir, edit.output, editing.encode_image(result, f".{args.format}"), record
-                )
+                planning.keep(output_dir, edit.output, editing.encode_image(result, f".{args.format}"), record)
                 made.append(edit)
         show_progress(None, args.steps - 1, None, None)
     return made, left_out
@@ -369,9 +357,7 @@ def main(argv: list[str] | None = None) -> None:
             left_out |= failed
         done = set(finished) | set(made)
         if args.contact_sheet and done:
-            write_contact_sheet(
-                [edit for edit in edits if edit in done], args, planning.read_records(output_dir)
-            )
+            write_contact_sheet([edit for edit in edits if edit in done], args, planning.read_records(output_dir))
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped; the same command goes on from here\n")
     except OSError as error:

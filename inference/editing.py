@@ -174,9 +174,7 @@ def _fetch_unet_config(model_id: str) -> str:
         if huggingface_hub.file_exists(model_id, "unet/config.json"):
             return huggingface_hub.hf_hub_download(model_id, "unet/config.json")
     except Exception as error:  # a name that is no id, no network, no access
-        reason = (
-            f"the Hub does not give it ({type(error).__name__}); check the name, the network and HF_TOKEN"
-        )
+        reason = f"the Hub does not give it ({type(error).__name__}); check the name, the network and HF_TOKEN"
         raise ValueError(missing + reason) from None
     raise ValueError(missing + "the Hub shows no such Stable Diffusion model; check the name and HF_TOKEN")
 
@@ -204,18 +202,14 @@ def load_image(source: str) -> Image.Image:
             content = Path(source).expanduser().read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{source}: does not exist; give the path or the URL of an image") from None
-    except (
-        Exception
-    ) as error:  # a malformed URL, a refused connection, a folder, a file without read permission
+    except Exception as error:  # a malformed URL, a refused connection, a folder, a file without read permission
         raise ValueError(f"{source}: cannot be read ({first_line(error)})") from None
     try:
         with Image.open(io.BytesIO(content)) as image:
             return to_upright_rgb(image)
     except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
         reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
-        raise ValueError(
-            f"{source}: cannot be decoded ({reason}); give a whole PNG, JPEG or WebP file"
-        ) from None
+        raise ValueError(f"{source}: cannot be decoded ({reason}); give a whole PNG, JPEG or WebP file") from None
 
 
 def to_upright_rgb(image: Image.Image) -> Image.Image:

@@ -48,9 +48,7 @@ def read_instructions(path: str) -> list[tuple[str | None, str]]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"--instructions_file: {path} cannot be read ({editing.first_line(error)})"
-        ) from None
+        raise ValueError(f"--instructions_file: {path} cannot be read ({editing.first_line(error)})") from None
     found: list[tuple[str | None, str]] = []
     if path.endswith(".txt"):
         lines = [line.strip() for line in text.splitlines()]
@@ -215,9 +213,7 @@ def own_record(output_dir: Path, output: str, records: dict) -> dict | None:
     for record in reversed(records.get(output, [])):
         if record.get("output_sha256") == content:
             return record
-    raise ValueError(
-        f"{path}: was not made by this script, or was changed since; move it away or change --output_dir"
-    )
+    raise ValueError(f"{path}: was not made by this script, or was changed since; move it away or change --output_dir")
 
 
 def is_finished(output_dir: Path, output: str, settings: dict, records: dict, overwrite: bool) -> bool:

@@ -176,9 +176,7 @@ def test_snippet_needs_an_image_and_eight_channels(shell_of_a_model, capsys):
     with pytest.raises(SystemExit) as stopped:
         cartoonize.main(["--image", str(PHOTOS[0]), "--model_id", str(shell_of_a_model(8))])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        stopped.value.code == 2 and "cannot be loaded" in last and last.endswith("save or download it again")
-    )
+    assert stopped.value.code == 2 and "cannot be loaded" in last and last.endswith("save or download it again")
 
 
 @pytest.mark.parametrize(
@@ -221,9 +219,7 @@ def test_snippet_needs_an_image_and_eight_channels(shell_of_a_model, capsys):
         (["photos", "--instruction", "x", "--model_id", "model4"], "a UNet of 4 input channels"),
     ],
 )
-def test_edit_images_refuses_in_one_line(
-    arguments, said, shell_of_a_model, photos, capsys, tmp_path, monkeypatch
-):
+def test_edit_images_refuses_in_one_line(arguments, said, shell_of_a_model, photos, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").symlink_to(photos)
     Path("empty").mkdir()
@@ -253,9 +249,7 @@ def test_guidance_warning_agrees_with_the_pipeline(model, capsys):
     arguments = ["--image", "nowhere.png", "--image_guidance_scale", "0.5"]
     with pytest.raises(SystemExit):
         cartoonize.main(arguments)
-    expected = (
-        "--image_guidance_scale 0.5 is below 1: diffusers turns all guidance off, of the text and of the"
-    )
+    expected = "--image_guidance_scale 0.5 is below 1: diffusers turns all guidance off, of the text and of the"
     assert f"cartoonize.py: warning: {expected} image" in capsys.readouterr().err.splitlines()
 
 
@@ -385,9 +379,7 @@ def test_low_level_snippet_from_the_hub(model, photos, tmp_path):
 def test_every_image_is_edited_in_its_place_and_size(edited, photos):
     assert sorted(outputs(edited)) == sorted([*OUTPUTS, "contact_sheet.png", "edits.jsonl"])
     for name in OUTPUTS:
-        [source] = [
-            path for path in photos.rglob(f"{Path(name).stem}.*") if path.parent == photos / Path(name).parent
-        ]
+        [source] = [path for path in photos.rglob(f"{Path(name).stem}.*") if path.parent == photos / Path(name).parent]
         assert Image.open(edited / name).size == Image.open(source).size
     records = [json.loads(line) for line in (edited / "edits.jsonl").read_text().splitlines()]
     record = next(record for record in records if record["output"] == "sub/deeper/c.png")
@@ -421,9 +413,7 @@ def test_noise_depends_on_the_seed_and_the_image_alone():
 
 
 def test_batches_share_a_size_once_padded():
-    sizes = {
-        name: size for name, size in zip("abcdef", [(64, 48)] * 3 + [(60, 40), (48, 64), (1, 1)], strict=True)
-    }
+    sizes = {name: size for name, size in zip("abcdef", [(64, 48)] * 3 + [(60, 40), (48, 64), (1, 1)], strict=True)}
     batches = edit_images.make_batches(sizes, 16, 2)
     assert batches == [["a", "b"], ["c", "d"], ["e"], ["f"]]
 
@@ -476,9 +466,7 @@ def test_stopped_at_any_write_goes_on(edited, model, photos, tmp_path, monkeypat
     with pytest.raises(SystemExit) as stopped:
         edit(model, *command)
     assert stopped.value.code == 130 and "the same command goes on from here" in capsys.readouterr().err
-    assert (
-        len([name for name in outputs(out) if name != "edits.jsonl"]) == 2
-    )  # whole ones, and no temporary file
+    assert len([name for name in outputs(out) if name != "edits.jsonl"]) == 2  # whole ones, and no temporary file
     monkeypatch.undo()
     edit(model, *command)
     assert "3 edited, 2 there before" in capsys.readouterr().out
@@ -570,27 +558,17 @@ def test_output_that_is_not_a_number_is_not_written(model, photos, tmp_path, cap
 
 def test_instructions_files_and_contact_sheet(model, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(photos)
-    (tmp_path / "lines.txt").write_text(
-        "Derain the image\n\n# a comment\nDenoise the image!\nDerain the image\n"
-    )
+    (tmp_path / "lines.txt").write_text("Derain the image\n\n# a comment\nDenoise the image!\nDerain the image\n")
     command = ["a.png", "sub/*.png", "--instructions_file", tmp_path / "lines.txt", "--format", "webp"]
     edit(model, *command, "--output_dir", tmp_path / "lines", "--contact_sheet", 1)
-    names = {
-        f"{what}-the-image/{name}" for what in ("derain", "denoise") for name in ("a.webp", "a-png.webp")
-    }
+    names = {f"{what}-the-image/{name}" for what in ("derain", "denoise") for name in ("a.webp", "a-png.webp")}
     made = set(outputs(tmp_path / "lines")) - {"edits.jsonl", "contact_sheet.png"}
-    assert len(made) == 4 and all(
-        name.startswith(("derain-the-image/a-", "denoise-the-image/a-")) for name in made
-    )
+    assert len(made) == 4 and all(name.startswith(("derain-the-image/a-", "denoise-the-image/a-")) for name in made)
     assert names.isdisjoint(made)  # two images of one name: both say which they are
 
     rows = [("a.png", "Derain it"), ("sub/a.png", "Denoise it")]
-    (tmp_path / "rows.csv").write_text(
-        "image,instruction\n" + "".join(f"{photos}/{a},{b}\n" for a, b in rows)
-    )
-    (photos / "rows.jsonl").write_text(
-        "".join(json.dumps({"image": a, "instruction": b}) + "\n" for a, b in rows)
-    )
+    (tmp_path / "rows.csv").write_text("image,instruction\n" + "".join(f"{photos}/{a},{b}\n" for a, b in rows))
+    (photos / "rows.jsonl").write_text("".join(json.dumps({"image": a, "instruction": b}) + "\n" for a, b in rows))
     edit(model, "--instructions_file", "rows.jsonl", "--output_dir", tmp_path / "rows")
     (photos / "rows.jsonl").unlink()
     assert {"a.png", "sub/a.png"} <= set(outputs(tmp_path / "rows"))
@@ -608,9 +586,7 @@ def test_instructions_files_and_contact_sheet(model, photos, tmp_path, monkeypat
 
 def test_output_names():
     def names(*wanted, suffix=".png"):
-        edits = planning.plan_outputs(
-            [(Path(image), relative, text) for image, relative, text in wanted], suffix
-        )
+        edits = planning.plan_outputs([(Path(image), relative, text) for image, relative, text in wanted], suffix)
         return [edit.output for edit in edits]
 
     assert names(("/p/a.jpg", "a.jpg", "x"), ("/p/s/a.jpg", "s/a.jpg", "x")) == ["a.png", "s/a.png"]
