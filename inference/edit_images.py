@@ -145,8 +145,9 @@ def contact_sheet(rows: list[tuple[Image.Image, Image.Image, str, str]], cell: i
             left = column * width + gap
             sheet.paste(pair[0], (left, top))
             sheet.paste(pair[1], (left + pair[0].width + gap, top))
-            write(left, top + height + 2, name, "black")
-            write(left, top + height + 2 + line, instruction, "dimgray")
+            below = top + max(image.height for image in pair) + 2
+            write(left, below, name, "black")
+            write(left, below + line, instruction, "dimgray")
         top += height + 2 * line + 2 * gap
     return sheet.crop((0, 0, sheet.width, top))
 

@@ -450,24 +450,25 @@ def test_same_command_makes_only_what_is_missing(edited, model, photos, tmp_path
     assert outputs(out) == before
 
 
-def test_stopped_at_any_write_goes_on(edited, model, photos, tmp_path, monkeypatch, capsys):
-    """Dies after the record and before the image, the worst moment; the same command completes the folder."""
+@pytest.mark.parametrize("owner, step", [(planning, "append_record"), (os, "replace")])
+def test_stopped_at_a_write_goes_on(owner, step, edited, model, photos, tmp_path, monkeypatch, capsys):
+    """Dies before the third record, or between it and its image; the same command completes the folder."""
     out = tmp_path / "out"
     command = [photos, "--instruction", "Cartoonize the image", "--output_dir", out, "--batch_size", 3]
-    replace, calls = os.replace, []
+    work, calls = getattr(owner, step), []
 
-    def stop_at_third(source, target):
-        calls.append(target)
+    def stop_at_third(*arguments):
+        calls.append(arguments)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        replace(source, target)
+        work(*arguments)
 
-    monkeypatch.setattr(os, "replace", stop_at_third)
+    monkeypatch.setattr(owner, step, stop_at_third)
     with pytest.raises(SystemExit) as stopped:
         edit(model, *command)
     assert stopped.value.code == 130 and "the same command goes on from here" in capsys.readouterr().err
-    assert len([name for name in outputs(out) if name != "edits.jsonl"]) == 2  # whole ones, and no temporary file
-    monkeypatch.undo()
+    assert len([name for name in outputs(out) if name != "edits.jsonl"]) == 2  # whole ones, no temporary file
+    monkeypatch.setattr(owner, step, work)
     edit(model, *command)
     assert "3 edited, 2 there before" in capsys.readouterr().out
     for name in OUTPUTS:
