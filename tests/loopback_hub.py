@@ -149,9 +149,7 @@ class LoopbackHub:
     def pushes(self, repo_id: str, kind: str = "model", branch: str = "main") -> list[Commit]:
         """The commits that clients made on a branch, oldest first (without the one that made it)."""
         with self.lock:
-            return self._history(self.repositories[kind, repo_id], self._commit(repo_id, kind, branch))[::-1][
-                1:
-            ]
+            return self._history(self.repositories[kind, repo_id], self._commit(repo_id, kind, branch))[::-1][1:]
 
     def exists(self, repo_id: str, kind: str = "model") -> bool:
         return (kind, repo_id) in self.repositories
@@ -260,9 +258,7 @@ class Handler(BaseHTTPRequestHandler):
             for route_method, pattern, name in _ROUTES:
                 match = re.fullmatch(pattern, parts.path)
                 if match and route_method == method:
-                    arguments = {
-                        key: unquote(value) for key, value in match.groupdict().items() if value is not None
-                    }
+                    arguments = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                     with self.hub.lock:
                         result = getattr(self, name)(**arguments)
                     if result is not None:
@@ -375,9 +371,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(409, "You already created this repository", body=answer)
         repository = Repository(kind, repo_id, private=request.get("visibility") == "private")
         self.hub.repositories[kind, repo_id] = repository
-        attributes = "".join(
-            f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES)
-        )
+        attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES))
         tree = {".gitattributes": self.hub._store(attributes.encode())}
         self.hub._record(repository, "main", "initial commit", "", None, tree, tree, [])
         return answer
@@ -439,9 +433,7 @@ class Handler(BaseHTTPRequestHandler):
         path = path.strip("/")
         paths = self.list_paths(commit, self.expands(self.query.get("expand")))
         if path and paths.get(path, {}).get("type") != "directory":
-            raise Answer(
-                404, f"{path} does not exist on {revision}", "EntryNotFound", {"X-Repo-Commit": commit.oid}
-            )
+            raise Answer(404, f"{path} does not exist on {revision}", "EntryNotFound", {"X-Repo-Commit": commit.oid})
         below = {name: entry for name, entry in paths.items() if not path or name.startswith(f"{path}/")}
         if not self.expands(self.query.get("recursive")):
             depth = len(PurePosixPath(path).parts) + 1
@@ -464,9 +456,7 @@ class Handler(BaseHTTPRequestHandler):
         files = []
         for file in self.body_json()["files"]:
             binary = b"\0" in base64.b64decode(file.get("sample", ""))
-            lfs = (
-                binary or PurePosixPath(file["path"]).suffix in LFS_SUFFIXES or file["size"] >= LFS_FROM_BYTES
-            )
+            lfs = binary or PurePosixPath(file["path"]).suffix in LFS_SUFFIXES or file["size"] >= LFS_FROM_BYTES
             present = commit.tree.get(file["path"])
             answer = {"path": file["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False}
             # The client leaves out of the commit what it finds unchanged.
@@ -497,9 +487,7 @@ class Handler(BaseHTTPRequestHandler):
                 tree[value["path"]] = self.hub._stored_lfs(value["oid"], value.get("size"))
                 added.append(value["path"])
             elif key in ("deletedFile", "deletedFolder"):
-                gone = [
-                    p for p in tree if p == value["path"] or p.startswith(value["path"].rstrip("/") + "/")
-                ]
+                gone = [p for p in tree if p == value["path"] or p.startswith(value["path"].rstrip("/") + "/")]
                 if not gone:
                     raise Answer(404, f"{value['path']} does not exist", "EntryNotFound")
                 for path in gone:
@@ -521,8 +509,7 @@ class Handler(BaseHTTPRequestHandler):
         history = self.hub._history(repository, self.revision_of(repository, revision))
         authors = [{"user": USER}]
         return [
-            {"id": c.oid, "title": c.title, "message": c.message, "date": c.date, "authors": authors}
-            for c in history
+            {"id": c.oid, "title": c.title, "message": c.message, "date": c.date, "authors": authors} for c in history
         ]
 
     def create_branch(self, kinds, repo, name):

@@ -24,9 +24,7 @@ def hub(tmp_path):
 def client(hub, code: str, *arguments: str, **environment: str):
     """Run code in a fresh interpreter pointed at the Hub; its last printed line is JSON."""
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(
-        command, env=hub.environment(**environment), capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run(command, env=hub.environment(**environment), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -65,9 +63,7 @@ print(json.dumps({"folder": folder, "same": first.oid == second.oid == info.sha,
     assert (downloaded / "unet/weights.dat").read_bytes() == weights
     assert (downloaded / "README.md").read_bytes() == (source / "README.md").read_bytes()
     assert (tmp_path / "part/README.md").read_bytes() == (source / "README.md").read_bytes()
-    assert (
-        result["same"] and len(result["commits"]) == 2 and result["sizes"]["unet/weights.dat"] == len(weights)
-    )
+    assert result["same"] and len(result["commits"]) == 2 and result["sizes"]["unet/weights.dat"] == len(weights)
 
     assert hub.files("tester/model") == sorted(expected)
     assert hub.read("tester/model", "unet/weights.dat") == weights
@@ -158,9 +154,7 @@ def test_ranges_and_unknown_addresses(hub):
 
     def request(path, method="GET", body=None, **headers):
         headers = {"Authorization": f"Bearer {TOKEN}"} | {k.replace("_", "-"): v for k, v in headers.items()}
-        return urllib.request.urlopen(
-            urllib.request.Request(hub.url + path, body, headers, method=method), timeout=30
-        )
+        return urllib.request.urlopen(urllib.request.Request(hub.url + path, body, headers, method=method), timeout=30)
 
     request("/api/repos/create", "POST", json.dumps({"name": "m", "type": "model"}).encode())
     whole = request("/tester/m/resolve/main/.gitattributes").read()
