@@ -21,6 +21,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -55,6 +56,29 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def add_dataset_flags(add) -> None:
+    # fmt: off
+    add("--output_dir", type=Path, required=True, metavar="DATASET", help="the folder to make or go on with")
+    add("--seed", type=int, default=0, help="decides what is drawn: images, their order, instructions")
+    add("--validation_fraction", type=float, default=0.05, metavar="F",
+        help="share of the images for validation, where the source has no splits")
+    add("--test_fraction", type=float, default=0.05, metavar="F", help="the same for the test split")
+    add("--rows_per_shard", type=int, default=500, metavar="N",
+        help="at most so many rows in a parquet file; processes share the work by file")
+    # fmt: on
+
+
+def check_dataset_flags(parser: Parser, args) -> None:
+    if args.rows_per_shard < 1:
+        parser.error(f"--rows_per_shard: {args.rows_per_shard} is too small; give 1 or more")
+    fractions = args.validation_fraction, args.test_fraction
+    if min(fractions) < 0 or sum(fractions) >= 1:
+        parser.error(
+            f"--validation_fraction: {fractions[0]} and --test_fraction {fractions[1]} leave nothing to train;"
+            " give two shares from 0 up that sum to less than 1"
+        )
 
 
 def run(parser: Parser, main) -> None:
@@ -140,23 +164,22 @@ class Row:
     repeat: int = 0  # which of several rows made from the same source
 
 
-def build(
-    output_dir: Path, settings: dict, features: dict, make_plan, make_rows, write_card, rows_per_shard: int
-):
-    """Make a dataset folder, or what is still missing of it. Every process calls this with the same
-    arguments.
+def build(args, settings: dict, features: dict, make_plan, make_rows, write_card) -> None:
+    """Make a dataset folder, or what is missing of it. Every process calls this with the same arguments.
 
-    settings: everything that decides the bytes (JSON values); an OUTPUT_DIR begun with other settings is
-    refused. features: the columns in the notation of `datasets.Features.to_dict()`, in order. make_plan() ->
-    (list of Row, list of {"source", "reason"}): called once, by the first process. make_rows(rows) -> one
-    dict per row, from column to encoded image (bytes), string or list of strings. write_card(rows, skipped,
-    checksums) -> the text of README.md.
+    args: the flags of `add_dataset_flags`.
+    settings: what else decides the bytes (JSON values); a folder begun with other settings is refused.
+    features: the columns in the notation of `datasets.Features.to_dict()`, in order.
+    make_plan() -> (list of Row, list of {"source", "reason"}): called once, by the first process.
+    make_rows(rows) -> one dict per row, from column to encoded image (bytes), string or list of strings.
+    write_card(rows, skipped, checksums) -> the text of README.md.
     """
     from tqdm import tqdm
 
-    output_dir = Path(output_dir)
+    output_dir = args.output_dir
     rank, world = rank_and_world()
-    settings = json.loads(json.dumps(settings))
+    for name in ("seed", "validation_fraction", "test_fraction", "rows_per_shard"):
+        settings[name] = getattr(args, name)
     try:
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,7 +188,7 @@ def build(
         ) from None
 
     rows = get_plan(output_dir, settings, make_plan, rank)
-    shards = name_shards(rows, rows_per_shard)
+    shards = name_shards(rows, args.rows_per_shard)
     mine = list(shards)[rank::world]
     missing = [name for name in mine if not is_complete(output_dir / "data" / name, len(shards[name]))]
     kept = sum(len(shards[name]) for name in mine if name not in missing)
@@ -226,7 +249,7 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
     return rows
 
 
-def cut(rows: list[Row], max_rows: int, max_pixels: int) -> list[list[Row]]:
+def cut(rows: list[Row], max_rows: int, max_pixels: float = math.inf) -> list[list[Row]]:
     """Consecutive runs of at most `max_rows` rows and `max_pixels` pixels (a larger row stands alone)."""
     runs, pixels = [], 0
     for row in rows:
