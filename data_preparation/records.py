@@ -58,6 +58,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for use inside a one-line message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :160
+    ]
+
+
 def add_dataset_flags(add) -> None:
     # fmt: off
     add("--output_dir", type=Path, required=True, metavar="DATASET", help="the folder to make or go on with")
@@ -76,8 +83,8 @@ def check_dataset_flags(parser: Parser, args) -> None:
     fractions = args.validation_fraction, args.test_fraction
     if min(fractions) < 0 or sum(fractions) >= 1:
         parser.error(
-            f"--validation_fraction: {fractions[0]} and --test_fraction {fractions[1]} leave nothing to train;"
-            " give two shares from 0 up that sum to less than 1"
+            f"--validation_fraction: {fractions[0]} and --test_fraction {fractions[1]} leave no training; "
+            "give two shares from 0 up that sum to less than 1"
         )
 
 
@@ -180,6 +187,7 @@ def build(args, settings: dict, features: dict, make_plan, make_rows, write_card
     rank, world = rank_and_world()
     for name in ("seed", "validation_fraction", "test_fraction", "rows_per_shard"):
         settings[name] = getattr(args, name)
+    settings = json.loads(json.dumps(settings))  # as it will be read back
     try:
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -375,11 +383,12 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pair
 
     by_task: dict[str, list[tuple[str, int]]] = {}
     for name, rows in shards.items():
-        step = max(1, len(rows) // pairs)  # rows lie by size: take them from all over the shard
-        for i in range(0, len(rows), step):
-            by_task.setdefault(rows[i].task, []).append((name, i))
-    each = -(-pairs // len(by_task))
-    chosen = [place for places in by_task.values() for place in places[:each]]
+        for i, row in enumerate(rows):
+            places = by_task.setdefault(row.task, [])
+            if len(places) < 1000:
+                places.append((name, i))
+    each = -(-pairs // len(by_task))  # rows lie by size: take them from all over the shards
+    chosen = [place for _, places in sorted(by_task.items()) for place in places[:: -(-len(places) // each)]]
 
     first, second = (column for column, feature in features.items() if feature["_type"] == "Image")
     text = next(column for column, feature in features.items() if feature["_type"] != "Image")

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from records import UserError
+from records import UserError, first_line
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 MAX_PIXELS = 100_000_000  # a file that claims more is taken for a decompression bomb
@@ -211,14 +211,15 @@ def choose_files(files: list[str], config: str | None, name: str) -> list[str]:
     if len(configs) > 1:
         raise UserError(f"--dataset_config: {name} has {', '.join(sorted(configs))}; choose one")
     if not files:
-        raise UserError(
-            f"--dataset: {name}: no parquet file{f' of configuration {config}' if config else ''} in it; give a "
-            "dataset that is kept as parquet files"
-        )
+        where = f"{name}, configuration {config}" if config else name
+        raise UserError(f"--dataset: {where}: no parquet file in it; give a dataset that is kept as such")
     return sorted(files)
 
 
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
-        :160
-    ]
+def is_plain(data: bytes) -> bool:
+    """Whether any reader sees in this file what `decode_image` does: a PNG, RGB, upright, opaque."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data))
+    upright = image.getexif().get(0x0112, 1) == 1
+    return image.format == "PNG" and image.mode == "RGB" and upright and "transparency" not in image.info
