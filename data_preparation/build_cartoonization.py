@@ -165,10 +165,7 @@ def main(args) -> None:
     settings |= {
         "photos": photos.digest,
         "instructions": hashlib.sha256(repr(instructions).encode()).hexdigest(),
-        **{
-            name: getattr(args, name)
-            for name in ("split", "max_num_samples", "max_short_side", "all_instructions")
-        },
+        **{name: getattr(args, name) for name in ("split", "max_num_samples", "max_short_side", "all_instructions")},
     }
     text = {"dtype": "string", "_type": "Value"}
     features = {
@@ -185,9 +182,7 @@ def main(args) -> None:
     def load(row: Row):
         image = sources.decode_image(photos.read(row.source))
         if sources.image_hash(image) != row.image_hash:
-            raise UserError(
-                f"--photos: {row.source} has changed since the build began; choose another --output_dir"
-            )
+            raise UserError(f"--photos: {row.source} has changed since the build began; choose another --output_dir")
         return fit_photo(image, args.max_short_side)
 
     def make_rows(rows: list[Row]) -> list[dict]:
@@ -200,19 +195,13 @@ def main(args) -> None:
                     prompt = records.draw_instruction(
                         instructions, row.split, args.all_instructions, args.seed, row.image_hash
                     )
-                    made.append(
-                        {"original_image": original, "edit_prompt": prompt, "cartoonized_image": cartoon}
-                    )
+                    made.append({"original_image": original, "edit_prompt": prompt, "cartoonized_image": cartoon})
         return made
 
     def write_card(rows, skipped, checksums) -> str:
-        imagenet = (
-            "ImageNet's terms of access: research and education, non-commercial (image-net.org/download)"
-        )
+        imagenet = "ImageNet's terms of access: research and education, non-commercial (image-net.org/download)"
         photos_license = args.photos_license or (
-            imagenet
-            if args.photos is None and args.dataset == IMAGENETTE
-            else "unknown, see where they come from"
+            imagenet if args.photos is None and args.dataset == IMAGENETTE else "unknown, see where they come from"
         )
         cartoons = {
             "opencv": "made by classical filtering, which adds no terms of its own",

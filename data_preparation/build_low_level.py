@@ -100,9 +100,7 @@ def task_weight(text: str) -> tuple[str, float]:
             return task, float(weight)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(
-        f"{text}: not TASK=W; tasks are {', '.join(sorted(tasks))}, W is 0 or more"
-    )
+    raise argparse.ArgumentTypeError(f"{text}: not TASK=W; tasks are {', '.join(sorted(tasks))}, W is 0 or more")
 
 
 def main(args) -> None:
@@ -157,9 +155,7 @@ def main(args) -> None:
     pool = ThreadPoolExecutor(THREADS)
 
     def make_rows(rows: list[Row]) -> list[dict]:
-        groups = [
-            list(g) for _, g in groupby(rows, key=lambda row: (row.source, row.input, row.task, row.repeat))
-        ]
+        groups = [list(g) for _, g in groupby(rows, key=lambda row: (row.source, row.input, row.task, row.repeat))]
         return [made for group in pool.map(make_group, groups) for made in group]
 
     def make_group(rows: list[Row]) -> list[dict]:
@@ -168,9 +164,7 @@ def main(args) -> None:
         files = [read(first.source)]
         target = sources.decode_image(files[0])
         if sources.image_hash(target) != first.image_hash:
-            raise UserError(
-                f"--output_dir: {first.source} has changed since the build began; choose another folder"
-            )
+            raise UserError(f"--output_dir: {first.source} has changed since the build began; choose another folder")
         if first.input:
             files.insert(0, read(first.input))
             pair = [sources.decode_image(files[0]), target]
@@ -191,9 +185,7 @@ def main(args) -> None:
     def write_card(rows, skipped, checksums) -> str:
         from_sets = [f"- {SETS[name].task}: {SETS[name].about}" for name in roots]
         from_photos = (
-            [f"- synthetic pairs: photos of `{args.photos}`, licence: {args.photos_license}"]
-            if photos
-            else []
+            [f"- synthetic pairs: photos of `{args.photos}`, licence: {args.photos_license}"] if photos else []
         )
         return records.card(
             title="Low-level image processing",
@@ -241,9 +233,7 @@ def plan_real(name: str, pairs: list, read, skipped: list[dict], args) -> list[R
     total = len(by_split["train"])
     number = getattr(args, f"num_{name}")
     if number and number > total:
-        raise UserError(
-            f"--num_{name}: {number} is more than its {total} training pairs; give at most {total}"
-        )
+        raise UserError(f"--num_{name}: {number} is more than its {total} training pairs; give at most {total}")
     share = number / total if number else args.fraction
     rows, seen = [], set()
     for split, candidates in by_split.items():
@@ -282,9 +272,7 @@ def plan_synthetic(photos, skipped: list[dict], args) -> list[Row]:
         except (BadImage, OSError) as error:
             return name, split, str(error)
 
-    candidates = sorted(
-        zip(photos.names, photos.splits, strict=True), key=lambda c: records.unit_hash(args.seed, c[0])
-    )
+    candidates = sorted(zip(photos.names, photos.splits, strict=True), key=lambda c: records.unit_hash(args.seed, c[0]))
     usable: list[Row] = []
     by_hash: dict[str, Row] = {}
     with tqdm(total=min(args.synthesize, len(candidates)), desc="plan, photos", unit=" images") as bar:
@@ -350,9 +338,7 @@ def mix(rows: list[Row], weights: dict[str, float], args) -> list[Row]:
     mixed = [row for row in rows if row.split != "train"]
     for task in dict.fromkeys(row.task for row in rows):
         of_task = [row for row in rows if row.task == task and row.split == "train"]
-        of_task.sort(
-            key=lambda row: records.unit_hash("mix", args.seed, row.source, row.input, row.left, row.top)
-        )
+        of_task.sort(key=lambda row: records.unit_hash("mix", args.seed, row.source, row.input, row.left, row.top))
         wanted = round(len(of_task) * weights.get(task, 1.0))
         if args.mixing_cap:
             wanted = min(wanted, args.mixing_cap)

@@ -86,9 +86,7 @@ def rain_streaks(image, severity, rng):
         points = [tuple(np.round((half + sign * end) * 16).astype(int).tolist()) for sign in (-1, 1)]
         cv2.line(streak, *points, 1.0, 1, cv2.LINE_8, shift=4)
         drops = rng.random((height, width), np.float32)
-        density = (
-            0.01 + 0.06 * severity
-        ) / length  # so that the share of wet pixels does not depend on length
+        density = (0.01 + 0.06 * severity) / length  # so that the share of wet pixels does not depend on length
         drops = np.where(drops < density, rng.uniform(0.1, 0.5, (height, width)), 0).astype(np.float32)
         layer = cv2.filter2D(drops, -1, streak, borderType=cv2.BORDER_REFLECT_101)
         rain += cv2.GaussianBlur(np.minimum(layer, 0.6), (0, 0), max(0.5, min(height, width) / 900))

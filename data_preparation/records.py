@@ -60,9 +60,7 @@ class Parser(argparse.ArgumentParser):
 
 def first_line(error: Exception) -> str:
     """The first line of an error's text, for use inside a one-line message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
-        :160
-    ]
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
 
 
 def add_dataset_flags(add) -> None:
@@ -136,9 +134,7 @@ def read_instructions(path: Path) -> tuple[list[str], list[str]]:
     try:
         lines = [" ".join(line.split()) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); give a UTF-8 text file, one sentence a line"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one sentence a line") from None
     lines = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     held_out = [line.removeprefix("held-out:").strip() for line in lines if line.startswith("held-out:")]
     training = [line for line in lines if not line.startswith("held-out:")]
@@ -191,9 +187,7 @@ def build(args, settings: dict, features: dict, make_plan, make_rows, write_card
     try:
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--output_dir: {output_dir}: {error.strerror}; choose a folder that can be written"
-        ) from None
+        raise UserError(f"--output_dir: {output_dir}: {error.strerror}; choose a folder that can be written") from None
 
     rows = get_plan(output_dir, settings, make_plan, rank)
     shards = name_shards(rows, args.rows_per_shard)
@@ -218,9 +212,7 @@ def build(args, settings: dict, features: dict, make_plan, make_rows, write_card
     write_atomically(output_dir / "preview.png", encode_png(preview(output_dir, shards, features)))
     write_atomically(output_dir / "README.md", write_card(rows, skipped, checksums).encode())
     shutil.rmtree(output_dir / "parts", ignore_errors=True)
-    counts = ", ".join(
-        f"{sum(row.split == s for row in rows)} {s}" for s in SPLITS if any(r.split == s for r in rows)
-    )
+    counts = ", ".join(f"{sum(row.split == s for row in rows)} {s}" for s in SPLITS if any(r.split == s for r in rows))
     note = f"; {len(skipped)} left out, see {skipped_path}" if skipped else ""
     print(f"{output_dir}: {len(rows)} rows ({counts}) in {len(shards)} shards{note}")
 
@@ -234,9 +226,7 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
         rows, skipped = make_plan()
         if not any(row.split == "train" for row in rows):
             reasons = f" ({skipped[0]['source']}: {skipped[0]['reason']}, ...)" if skipped else ""
-            raise UserError(
-                f"no row for the train split: {len(rows)} usable images{reasons}; give more images"
-            )
+            raise UserError(f"no row for the train split: {len(rows)} usable images{reasons}; give more images")
         rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
         write_lines(output_dir / "skipped.jsonl", skipped)
         write_lines(path, [{"settings": settings}, *map(asdict, rows)])
@@ -250,9 +240,7 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
                     f"{str(now)[:60]}); run the command it was begun with or choose another folder"
                 )
         rows = [Row(**json.loads(line)) for line in file]
-    for (
-        row
-    ) in rows:  # one string object per split and task: the plan is the only thing that grows with the images
+    for row in rows:  # one string object per split and task: the plan is the only thing that grows with the images
         row.split, row.task, row.input = sys.intern(row.split), sys.intern(row.task), sys.intern(row.input)
     return rows
 
@@ -341,13 +329,9 @@ def wait_for(output_dir: Path, shards: dict[str, list[Row]], missing: list[str])
     """Wait for the other processes' shards."""
     from tqdm import tqdm
 
-    with tqdm(
-        total=len(missing), desc="waiting for other processes", unit=" shards", disable=not missing
-    ) as bar:
+    with tqdm(total=len(missing), desc="waiting for other processes", unit=" shards", disable=not missing) as bar:
         while missing:
-            left = [
-                name for name in missing if not is_complete(output_dir / "data" / name, len(shards[name]))
-            ]
+            left = [name for name in missing if not is_complete(output_dir / "data" / name, len(shards[name]))]
             bar.update(len(missing) - len(left))
             missing = left
             time.sleep(0.5 if missing else 0)
@@ -404,9 +388,7 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pair
         row = file.read_row_group(group).slice(i, 1).to_pylist()[0]
         x, y = (n % 2) * width, (n // 2) * height
         for column, offset in ((first, 4), (second, side + 8)):
-            image = ImageOps.contain(
-                Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB"), (side, side)
-            )
+            image = ImageOps.contain(Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB"), (side, side))
             sheet.paste(image, (x + offset + (side - image.width) // 2, y + 4 + (side - image.height) // 2))
         caption = row[text] if isinstance(row[text], str) else f"{row[text][0]} (1 of {len(row[text])})"
         draw.text((x + 6, y + side + 8), caption[:72], fill="black")

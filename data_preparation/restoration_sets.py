@@ -142,9 +142,7 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
     """
     flag, restoration_set = f"--{name}", SETS[name]
     if not root.is_dir():
-        raise UserError(
-            f"{flag}: {root}: no such folder; give the folder that holds {restoration_set.layouts}"
-        )
+        raise UserError(f"{flag}: {root}: no such folder; give the folder that holds {restoration_set.layouts}")
     sides: dict[str, dict[str, tuple[str, Place]]] = {"input": {}, "target": {}}
     digest = hashlib.sha256()
     for path in sorted(walk_images(root)):

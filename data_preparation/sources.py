@@ -44,9 +44,7 @@ def decode_image(data: bytes):
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
-            raise BadImage(
-                f"{image.width}x{image.height} is more than {MAX_PIXELS // 1_000_000} million pixels"
-            )
+            raise BadImage(f"{image.width}x{image.height} is more than {MAX_PIXELS // 1_000_000} million pixels")
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it to white
@@ -134,9 +132,7 @@ def find_dataset_images(name: str, config: str | None, revision: str | None, col
 
     root = Path(name)
     if root.is_dir():
-        files = choose_files(
-            [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")], config, name
-        )
+        files = choose_files([path.relative_to(root).as_posix() for path in root.rglob("*.parquet")], config, name)
     else:
         root, files = download_parquet(name, config, revision)
 
@@ -152,9 +148,7 @@ def find_dataset_images(name: str, config: str | None, revision: str | None, col
         columns = next(iter(tables.column_names.values())) if "tables" in locals() else ()
         if columns and column not in columns:
             raise UserError(f"--image_column: {name} has no {column} but {', '.join(columns)}") from None
-        raise UserError(
-            f"--dataset: {name}: cannot be read: {first_line(error)}; give another dataset"
-        ) from None
+        raise UserError(f"--dataset: {name}: cannot be read: {first_line(error)}; give another dataset") from None
 
     def read(key: str) -> bytes:
         split, row = key.split("/")
@@ -183,24 +177,18 @@ def download_parquet(name: str, config: str | None, revision: str | None) -> tup
             if files := [file for file in listed if file.endswith(".parquet")]:
                 break
         files = choose_files(files, config, name)
-        return Path(
-            snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)
-        ), files
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)), files
     except UserError:
         raise
     except Exception as error:
         for revision in revisions:
             try:
-                root = Path(
-                    snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
-                )
+                root = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
                 files = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
                 return root, choose_files(files, config, name)
             except Exception:
                 continue
-        raise UserError(
-            f"--dataset: {name}: {first_line(error)}; give a folder or a dataset on the Hub"
-        ) from None
+        raise UserError(f"--dataset: {name}: {first_line(error)}; give a folder or a dataset on the Hub") from None
 
 
 def choose_files(files: list[str], config: str | None, name: str) -> list[str]:

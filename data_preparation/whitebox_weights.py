@@ -59,9 +59,7 @@ def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict:
             )
         check(arrays)
     except (ValueError, OSError, KeyError, IndexError, struct.error) as error:
-        raise UserError(
-            f"{flag}: {source}: {error}; give the weights of White-box CartoonGAN's generator"
-        ) from None
+        raise UserError(f"{flag}: {source}: {error}; give the weights of White-box CartoonGAN's generator") from None
     return arrays
 
 
@@ -113,9 +111,7 @@ def read_hub(repository: str, flag: str) -> dict:
         snapshot = Path(snapshot_download(repository, allow_patterns=["variables/*", "*/variables/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{flag}: {repository}: cannot be had from the Hub ({reason}); give a file instead"
-        ) from None
+        raise UserError(f"{flag}: {repository}: cannot be had from the Hub ({reason}); give a file instead") from None
     cached = Path(constants.HF_HOME) / "whitebox-cartoonizer" / f"{snapshot.name}.safetensors"
     if cached.is_file():
         return read_safetensors(cached)
@@ -137,9 +133,7 @@ def read_saved_model(folder: Path) -> dict:
 
     indices = sorted(folder.rglob("*.index"))
     if len(indices) != 1:
-        raise ValueError(
-            f"{len(indices)} files *.index in it, where a SavedModel has variables/variables.index"
-        )
+        raise ValueError(f"{len(indices)} files *.index in it, where a SavedModel has variables/variables.index")
     entries = read_bundle(indices[0])
     # Object-based checkpoints name a variable by its place in an object graph, which tells the graph's own
     # name for it.
@@ -153,9 +147,7 @@ def read_saved_model(folder: Path) -> dict:
         if values.size != np.prod(shape):
             raise ValueError(f"{key} has {values.size} values for shape {tuple(shape)}")
         # (height, width, in, out) -> (out, in, height, width)
-        arrays[layer] = np.ascontiguousarray(
-            values.reshape(shape).transpose(3, 2, 0, 1) if len(shape) == 4 else values
-        )
+        arrays[layer] = np.ascontiguousarray(values.reshape(shape).transpose(3, 2, 0, 1) if len(shape) == 4 else values)
     if not arrays:
         raise ValueError(
             f"no variable of the generator in {indices[0].name}: it has {', '.join(list(entries)[:3])}, ..."
@@ -189,9 +181,7 @@ def read_bundle(index: Path) -> dict[str, tuple[int, list[int], bytes]]:
     entries = {}
     for key, value in table.items():
         message = read_message(value)
-        shape = [
-            read_message(dim).get(1, [0])[0] for dim in read_message(message.get(2, [b""])[0]).get(2, [])
-        ]
+        shape = [read_message(dim).get(1, [0])[0] for dim in read_message(message.get(2, [b""])[0]).get(2, [])]
         shard, offset, size = (message.get(field, [0])[0] for field in (3, 4, 5))
         if shard not in files:
             files[shard] = index.with_suffix(f".data-{shard:05d}-of-{shards:05d}").read_bytes()
