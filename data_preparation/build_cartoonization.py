@@ -9,46 +9,53 @@ command is run again; the result is the same to the byte, and the same for any n
 """
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
-from records import (
-    Parser,
-    Row,
-    UserError,
-    build,
-    card,
-    draw_instruction,
-    encode_png,
-    read_instructions,
-    run,
-    split_of,
-    unit_hash,
-)
-from sources import BadImage, Photos, decode_image, find_photos, image_hash, ordered_map
+import records
+import sources
+from records import Row, UserError
+from sources import BadImage, Photos
 
 INSTRUCTIONS = Path(__file__).parent / "instructions" / "cartoonize.txt"
+IMAGENETTE = "frgfm/imagenette"
 THREADS = 8  # decoding and encoding images release the interpreter's lock
+BATCH_PIXELS = {"cpu": 1_100_000, "cuda": 8_400_000}  # the network needs about 600 bytes a pixel in float32
 
 
 def parse_arguments():
     # fmt: off
-    parser = Parser(__doc__)
+    parser = records.Parser(__doc__)
     add = parser.add_argument_group("photos").add_argument
     add("--photos", type=Path, metavar="DIR",
         help="folder of photos, nested in any way; children train, val or validation, test are its splits")
+    add("--dataset", default=IMAGENETTE, metavar="NAME",
+        help="without --photos: a dataset on the Hub, or a folder, of parquet files with an image column")
+    add("--dataset_config", metavar="NAME",
+        help="its configuration; for the default dataset full_size (others: 320px, 160px)")
+    add("--dataset_revision", metavar="REV", help="its branch, tag or commit on the Hub")
+    add("--image_column", default="image", metavar="NAME", help="its column of images")
     add("--split", choices=["all", "train", "validation", "test"], default="all",
         help="which of the source's own splits to take; the photos of a single one are divided anew, by hash")
     add("--max_num_samples", type=int, default=5000, metavar="N",
         help="at most so many rows, chosen by --seed; 0 takes every photo")
     add("--max_short_side", type=int, default=720, metavar="PIXELS",
         help="scale larger photos down to this short side; sides are then cropped to multiples of 8")
-    add("--photos_license", default="unknown, see where they come from", metavar="TEXT",
-        help="licence of the photos, for the dataset card")
+    add("--photos_license", metavar="TEXT", help="licence of the photos, for the dataset card")
 
     add = parser.add_argument_group("cartoons").add_argument
-    add("--cartoonizer", choices=["opencv"], default="opencv", help="opencv is classical filtering")
+    add("--cartoonizer", choices=["whitebox", "opencv"], default="whitebox",
+        help="whitebox: White-box CartoonGAN, whose weights are for non-commercial use; opencv: classical "
+             "filtering, no weights")
+    add("--cartoonizer_weights", default="sayakpaul/whitebox-cartoonizer", metavar="SOURCE",
+        help=".npz, .safetensors, .tflite, a TensorFlow SavedModel (folder, or repository on the Hub)")
+    add("--device", default="auto", help="auto takes a GPU where there is one")
+    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
+        help="of the network; auto is float16 on a GPU, float32 elsewhere")
+    add("--batch_size", type=int, default=16, metavar="N",
+        help="at most so many photos of one size at a time; fewer where they are large")
 
     add = parser.add_argument_group("instructions").add_argument
     add("--instructions", type=Path, default=INSTRUCTIONS, metavar="FILE",
@@ -57,68 +64,55 @@ def parse_arguments():
         help="keep the whole list in every row, so that training draws one anew each epoch")
 
     add = parser.add_argument_group("dataset").add_argument
-    add("--output_dir", type=Path, required=True, metavar="DATASET", help="the folder to make or go on with")
-    add("--seed", type=int, default=0, help="decides which photos are taken, their order and instructions")
-    add("--validation_fraction", type=float, default=0.05, metavar="F",
-        help="share of the photos for validation, where the source has no splits")
-    add("--test_fraction", type=float, default=0.05, metavar="F", help="the same for the test split")
-    add("--rows_per_shard", type=int, default=500, metavar="N",
-        help="at most so many rows in a parquet file; processes share the work by file")
+    records.add_dataset_flags(add)
     # fmt: on
     args = parser.parse_args()
-    if args.photos is None:
-        parser.error("--photos: missing; name a folder of photos")
-    for flag, least in (("max_num_samples", 0), ("max_short_side", 8), ("rows_per_shard", 1)):
+    records.check_dataset_flags(parser, args)
+    for flag, least in (("max_num_samples", 0), ("max_short_side", 8), ("batch_size", 1)):
         if getattr(args, flag) < least:
             parser.error(f"--{flag}: {getattr(args, flag)} is too small; give {least} or more")
-    if (
-        min(args.validation_fraction, args.test_fraction) < 0
-        or args.validation_fraction + args.test_fraction >= 1
-    ):
-        parser.error(
-            "--validation_fraction: with --test_fraction it must leave something to train on; "
-            "give two shares from 0 that sum to less than 1"
-        )
     return parser, args
 
 
-def plan(photos: Photos, args) -> tuple[list[Row], list[dict]]:
+def find_photos(args) -> Photos:
+    if args.photos is not None:
+        return sources.find_photos(args.photos)
+    config = args.dataset_config or ("full_size" if args.dataset == IMAGENETTE else None)
+    return sources.find_dataset_images(args.dataset, config, args.dataset_revision, args.image_column)
+
+
+def make_plan(photos: Photos, args) -> tuple[list[Row], list[dict]]:
     """Choose the photos, in an order decided by the seed and their names; look at each for hash and size."""
     from cartoonizer import fitted_size
     from tqdm import tqdm
 
-    rows, skipped, by_hash = [], [], {}
-
     def look(candidate):
         name, split = candidate
         try:
-            image = decode_image(photos.read(name))
+            image = sources.decode_image(photos.read(name))
             width, height = fitted_size(image.shape[1], image.shape[0], args.max_short_side)
             if min(width, height) < 8:
-                raise BadImage(
-                    f"{image.shape[1]}x{image.shape[0]} is too small: no side may be under 8 pixels"
-                )
-            return name, split, image_hash(image), width, height
+                raise BadImage(f"{image.shape[1]}x{image.shape[0]} is too small: sides must be 8 or more")
+            return name, split, sources.image_hash(image), width, height
         except (BadImage, OSError) as error:
             return name, split, str(error)
 
-    candidates = [
-        pair for pair in zip(photos.names, photos.splits, strict=True) if args.split in ("all", pair[1])
-    ]
-    if not candidates:
-        raise UserError(f"--split: the photos have no {args.split} split; leave it out to take them all")
-    candidates.sort(key=lambda pair: unit_hash(args.seed, pair[0]))
-    wanted = args.max_num_samples or len(candidates)
-    with tqdm(total=min(wanted, len(candidates)), desc="plan", unit=" images", mininterval=0.5) as bar:
-        for name, split, *found in ordered_map(look, candidates, THREADS):
+    candidates = list(zip(photos.names, photos.splits, strict=True))
+    if args.split != "all":
+        candidates = [(name, "") for name, split in candidates if split == args.split]
+        if not candidates:
+            raise UserError(f"--split: the photos have no split {args.split}; leave the flag out to take all")
+    candidates.sort(key=lambda candidate: records.unit_hash(args.seed, candidate[0]))
+    wanted = min(args.max_num_samples or len(candidates), len(candidates))
+    rows, skipped, by_hash = [], [], {}
+    with tqdm(total=wanted, desc="plan", unit=" images", mininterval=0.5) as bar:
+        for name, split, *found in sources.ordered_map(look, candidates, THREADS):
             if len(found) == 1:
                 skipped.append({"source": name, "reason": found[0]})
                 continue
             digest, width, height = found
-            if args.split != "all" or not split:
-                split = split_of(digest, args.validation_fraction, args.test_fraction)
-            if digest in by_hash:
-                twin = by_hash[digest]
+            split = split or records.split_of(digest, args.validation_fraction, args.test_fraction)
+            if twin := by_hash.get(digest):
                 skipped.append({"source": name, "reason": f"the same picture as {twin.source}"})
                 # A picture that is also in a held-out split belongs there.
                 twin.split = min(twin.split, split, key=["test", "validation", "train"].index)
@@ -131,95 +125,111 @@ def plan(photos: Photos, args) -> tuple[list[Row], list[dict]]:
     return rows, skipped
 
 
+def make_cartoonizer(args):
+    """Returns the function from photos to cartoons, its batch size for an image size, and its settings."""
+    if args.cartoonizer == "opencv":
+        from cartoonizer import opencv_cartoonize
+
+        return opencv_cartoonize, lambda width, height: args.batch_size, {"cartoonizer": "opencv"}
+    from whitebox_weights import read_weights
+
+    weights = read_weights(args.cartoonizer_weights)
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(weights[name].tobytes())
+
+    import torch
+    from whitebox import whitebox_cartoonizer
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    kind = device.split(":")[0]
+    dtype = args.dtype if args.dtype != "auto" else "float16" if kind == "cuda" else "float32"
+    try:
+        cartoonize = whitebox_cartoonizer(weights, device, dtype)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device: {device}: {str(error).splitlines()[0]}; give cpu or cuda") from None
+    settings = {"cartoonizer": "whitebox", "weights": digest.hexdigest(), "device": kind, "dtype": dtype,
+                "batch_size": args.batch_size}  # fmt: skip
+    limit = BATCH_PIXELS.get(kind, BATCH_PIXELS["cpu"])
+    return cartoonize, lambda width, height: max(1, min(args.batch_size, limit // (width * height))), settings
+
+
 def main(args) -> None:
-    instructions = read_instructions(args.instructions)
-    photos = find_photos(args.photos)
-    settings = {
-        "cartoonizer": args.cartoonizer,
+    instructions = records.read_instructions(args.instructions)
+    photos = find_photos(args)
+    cartoonize, batch_size, settings = make_cartoonizer(args)
+    settings |= {
         "photos": photos.digest,
         "instructions": hashlib.sha256(repr(instructions).encode()).hexdigest(),
-        **{
-            name: getattr(args, name)
-            for name in (
-                "split",
-                "max_num_samples",
-                "max_short_side",
-                "all_instructions",
-                "seed",
-                "validation_fraction",
-                "test_fraction",
-                "rows_per_shard",
-            )
-        },
+        **{name: getattr(args, name) for name in ("split", "max_num_samples", "max_short_side", "all_instructions")},
     }
+    text = {"dtype": "string", "_type": "Value"}
     features = {
         "original_image": {"_type": "Image"},
-        "edit_prompt": {"feature": {"dtype": "string", "_type": "Value"}, "_type": "List"}
-        if args.all_instructions
-        else {"dtype": "string", "_type": "Value"},
+        "edit_prompt": {"feature": text, "_type": "List"} if args.all_instructions else text,
         "cartoonized_image": {"_type": "Image"},
     }
 
     import numpy as np
-    from cartoonizer import fit_photo, opencv_cartoonize
+    from cartoonizer import fit_photo
 
-    cartoonize, batch_size = opencv_cartoonize, 8
     pool = ThreadPoolExecutor(THREADS)
 
     def load(row: Row):
-        image = decode_image(photos.read(row.source))
-        if image_hash(image) != row.image_hash:
-            raise UserError(
-                f"--photos: {row.source} has changed since the plan was made; remove {args.output_dir}"
-            )
+        image = sources.decode_image(photos.read(row.source))
+        if sources.image_hash(image) != row.image_hash:
+            raise UserError(f"--photos: {row.source} has changed since the build began; choose another --output_dir")
         return fit_photo(image, args.max_short_side)
 
     def make_rows(rows: list[Row]) -> list[dict]:
         made = []
-        for _, same_size in groupby(rows, key=lambda row: (row.height, row.width)):
-            same_size = list(same_size)
-            for i in range(0, len(same_size), batch_size):
-                batch = same_size[i : i + batch_size]
+        for (width, height), same_size in groupby(rows, key=lambda row: (row.width, row.height)):
+            for batch in records.cut(list(same_size), batch_size(width, height)):
                 originals = np.stack(list(pool.map(load, batch)))
-                encoded = list(pool.map(encode_png, [*originals, *cartoonize(originals)]))
+                encoded = list(pool.map(records.encode_png, [*originals, *cartoonize(originals)]))
                 for row, original, cartoon in zip(batch, encoded, encoded[len(batch) :], strict=False):
-                    prompt = draw_instruction(
+                    prompt = records.draw_instruction(
                         instructions, row.split, args.all_instructions, args.seed, row.image_hash
                     )
-                    made.append(
-                        {"original_image": original, "edit_prompt": prompt, "cartoonized_image": cartoon}
-                    )
+                    made.append({"original_image": original, "edit_prompt": prompt, "cartoonized_image": cartoon})
         return made
 
     def write_card(rows, skipped, checksums) -> str:
-        return card(
+        imagenet = "ImageNet's terms of access: research and education, non-commercial (image-net.org/download)"
+        photos_license = args.photos_license or (
+            imagenet if args.photos is None and args.dataset == IMAGENETTE else "unknown, see where they come from"
+        )
+        cartoons = {
+            "opencv": "made by classical filtering, which adds no terms of its own",
+            "whitebox": "made with White-box CartoonGAN (Wang and Yu, CVPR 2020), whose code and weights are "
+            "under CC BY-NC-SA 4.0: commercial use is prohibited",
+        }
+        return records.card(
             title="Cartoonization",
-            licence="other",
+            licence="cc-by-nc-sa-4.0" if args.cartoonizer == "whitebox" else "other",
             tags=["image-editing", "instruction-tuning", "cartoonization"],
-            about="Photos and their cartoons, with an instruction, to teach an editing model to cartoonize.",
+            about="Photos and their cartoons, with an instruction, to teach an editing model to cartoonize. "
+            f"Source of the photos: `{args.photos or args.dataset}`. "
+            "No photo is in two splits; the test split has instructions that the others do not have.",
             columns={
-                "original_image": "the photo as the cartoonizer saw it: aligned to the pixel",
+                "original_image": "the photo as the cartoonizer saw it: scaled and cropped",
                 "edit_prompt": "the instruction" + (", every wording" if args.all_instructions else ""),
                 "cartoonized_image": "the cartoon, of the same size",
             },
-            licences=f"Photos: {args.photos_license}.\n\nCartoons: filtered, no licence of their own",
+            licences=f"Photos: {photos_license}.\n\nCartoons: {cartoons[args.cartoonizer]}.",
             rows=rows,
             skipped=skipped,
             checksums=checksums,
             seed=args.seed,
         )
 
-    build(
-        args.output_dir,
-        settings,
-        features,
-        lambda: plan(photos, args),
-        make_rows,
-        write_card,
-        args.rows_per_shard,
-    )
+    records.build(args, settings, features, lambda: make_plan(photos, args), make_rows, write_card)
 
 
 if __name__ == "__main__":
     parser, args = parse_arguments()
-    run(parser, lambda: main(args))
+    records.run(parser, lambda: main(args))

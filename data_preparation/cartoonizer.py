@@ -43,9 +43,7 @@ def _abstract(image):
     import cv2
     import numpy as np
 
-    lab = cv2.cvtColor(
-        image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB
-    )  # L in [0, 100], a and b about [-127, 127]
+    lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)  # L in [0, 100], a and b about [-127, 127]
     # Line width and smoothing follow the picture's size, so that a thumbnail is not all outline.
     scale = min(image.shape[:2]) / 512
     # Several passes of a small window reach as far as one pass of a large window at a fraction of the time.

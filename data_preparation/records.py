@@ -21,6 +21,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shlex
 import shutil
@@ -55,6 +56,34 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, for use inside a one-line message."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
+
+
+def add_dataset_flags(add) -> None:
+    # fmt: off
+    add("--output_dir", type=Path, required=True, metavar="DATASET", help="the folder to make or go on with")
+    add("--seed", type=int, default=0, help="decides what is drawn: images, their order, instructions")
+    add("--validation_fraction", type=float, default=0.05, metavar="F",
+        help="share of the images for validation, where the source has no splits")
+    add("--test_fraction", type=float, default=0.05, metavar="F", help="the same for the test split")
+    add("--rows_per_shard", type=int, default=500, metavar="N",
+        help="at most so many rows in a parquet file; processes share the work by file")
+    # fmt: on
+
+
+def check_dataset_flags(parser: Parser, args) -> None:
+    if args.rows_per_shard < 1:
+        parser.error(f"--rows_per_shard: {args.rows_per_shard} is too small; give 1 or more")
+    fractions = args.validation_fraction, args.test_fraction
+    if min(fractions) < 0 or sum(fractions) >= 1:
+        parser.error(
+            f"--validation_fraction: {fractions[0]} and --test_fraction {fractions[1]} leave no training; "
+            "give two shares from 0 up that sum to less than 1"
+        )
 
 
 def run(parser: Parser, main) -> None:
@@ -105,9 +134,7 @@ def read_instructions(path: Path) -> tuple[list[str], list[str]]:
     try:
         lines = [" ".join(line.split()) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read ({error}); give a UTF-8 text file, one sentence a line"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one sentence a line") from None
     lines = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
     held_out = [line.removeprefix("held-out:").strip() for line in lines if line.startswith("held-out:")]
     training = [line for line in lines if not line.startswith("held-out:")]
@@ -140,32 +167,30 @@ class Row:
     repeat: int = 0  # which of several rows made from the same source
 
 
-def build(
-    output_dir: Path, settings: dict, features: dict, make_plan, make_rows, write_card, rows_per_shard: int
-):
-    """Make a dataset folder, or what is still missing of it. Every process calls this with the same
-    arguments.
+def build(args, settings: dict, features: dict, make_plan, make_rows, write_card) -> None:
+    """Make a dataset folder, or what is missing of it. Every process calls this with the same arguments.
 
-    settings: everything that decides the bytes (JSON values); an OUTPUT_DIR begun with other settings is
-    refused. features: the columns in the notation of `datasets.Features.to_dict()`, in order. make_plan() ->
-    (list of Row, list of {"source", "reason"}): called once, by the first process. make_rows(rows) -> one
-    dict per row, from column to encoded image (bytes), string or list of strings. write_card(rows, skipped,
-    checksums) -> the text of README.md.
+    args: the flags of `add_dataset_flags`.
+    settings: what else decides the bytes (JSON values); a folder begun with other settings is refused.
+    features: the columns in the notation of `datasets.Features.to_dict()`, in order.
+    make_plan() -> (list of Row, list of {"source", "reason"}): called once, by the first process.
+    make_rows(rows) -> one dict per row, from column to encoded image (bytes), string or list of strings.
+    write_card(rows, skipped, checksums) -> the text of README.md.
     """
     from tqdm import tqdm
 
-    output_dir = Path(output_dir)
+    output_dir = args.output_dir
     rank, world = rank_and_world()
-    settings = json.loads(json.dumps(settings))
+    for name in ("seed", "validation_fraction", "test_fraction", "rows_per_shard"):
+        settings[name] = getattr(args, name)
+    settings = json.loads(json.dumps(settings))  # as it will be read back
     try:
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--output_dir: {output_dir}: {error.strerror}; choose a folder that can be written"
-        ) from None
+        raise UserError(f"--output_dir: {output_dir}: {error.strerror}; choose a folder that can be written") from None
 
     rows = get_plan(output_dir, settings, make_plan, rank)
-    shards = name_shards(rows, rows_per_shard)
+    shards = name_shards(rows, args.rows_per_shard)
     mine = list(shards)[rank::world]
     missing = [name for name in mine if not is_complete(output_dir / "data" / name, len(shards[name]))]
     kept = sum(len(shards[name]) for name in mine if name not in missing)
@@ -187,9 +212,7 @@ def build(
     write_atomically(output_dir / "preview.png", encode_png(preview(output_dir, shards, features)))
     write_atomically(output_dir / "README.md", write_card(rows, skipped, checksums).encode())
     shutil.rmtree(output_dir / "parts", ignore_errors=True)
-    counts = ", ".join(
-        f"{sum(row.split == s for row in rows)} {s}" for s in SPLITS if any(r.split == s for r in rows)
-    )
+    counts = ", ".join(f"{sum(row.split == s for row in rows)} {s}" for s in SPLITS if any(r.split == s for r in rows))
     note = f"; {len(skipped)} left out, see {skipped_path}" if skipped else ""
     print(f"{output_dir}: {len(rows)} rows ({counts}) in {len(shards)} shards{note}")
 
@@ -203,9 +226,7 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
         rows, skipped = make_plan()
         if not any(row.split == "train" for row in rows):
             reasons = f" ({skipped[0]['source']}: {skipped[0]['reason']}, ...)" if skipped else ""
-            raise UserError(
-                f"no row for the train split: {len(rows)} usable images{reasons}; give more images"
-            )
+            raise UserError(f"no row for the train split: {len(rows)} usable images{reasons}; give more images")
         rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
         write_lines(output_dir / "skipped.jsonl", skipped)
         write_lines(path, [{"settings": settings}, *map(asdict, rows)])
@@ -219,14 +240,12 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
                     f"{str(now)[:60]}); run the command it was begun with or choose another folder"
                 )
         rows = [Row(**json.loads(line)) for line in file]
-    for (
-        row
-    ) in rows:  # one string object per split and task: the plan is the only thing that grows with the images
+    for row in rows:  # one string object per split and task: the plan is the only thing that grows with the images
         row.split, row.task, row.input = sys.intern(row.split), sys.intern(row.task), sys.intern(row.input)
     return rows
 
 
-def cut(rows: list[Row], max_rows: int, max_pixels: int) -> list[list[Row]]:
+def cut(rows: list[Row], max_rows: int, max_pixels: float = math.inf) -> list[list[Row]]:
     """Consecutive runs of at most `max_rows` rows and `max_pixels` pixels (a larger row stands alone)."""
     runs, pixels = [], 0
     for row in rows:
@@ -310,13 +329,9 @@ def wait_for(output_dir: Path, shards: dict[str, list[Row]], missing: list[str])
     """Wait for the other processes' shards."""
     from tqdm import tqdm
 
-    with tqdm(
-        total=len(missing), desc="waiting for other processes", unit=" shards", disable=not missing
-    ) as bar:
+    with tqdm(total=len(missing), desc="waiting for other processes", unit=" shards", disable=not missing) as bar:
         while missing:
-            left = [
-                name for name in missing if not is_complete(output_dir / "data" / name, len(shards[name]))
-            ]
+            left = [name for name in missing if not is_complete(output_dir / "data" / name, len(shards[name]))]
             bar.update(len(missing) - len(left))
             missing = left
             time.sleep(0.5 if missing else 0)
@@ -352,11 +367,12 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pair
 
     by_task: dict[str, list[tuple[str, int]]] = {}
     for name, rows in shards.items():
-        step = max(1, len(rows) // pairs)  # rows lie by size: take them from all over the shard
-        for i in range(0, len(rows), step):
-            by_task.setdefault(rows[i].task, []).append((name, i))
-    each = -(-pairs // len(by_task))
-    chosen = [place for places in by_task.values() for place in places[:each]]
+        for i, row in enumerate(rows):
+            places = by_task.setdefault(row.task, [])
+            if len(places) < 1000:
+                places.append((name, i))
+    each = -(-pairs // len(by_task))  # rows lie by size: take them from all over the shards
+    chosen = [place for _, places in sorted(by_task.items()) for place in places[:: -(-len(places) // each)]]
 
     first, second = (column for column, feature in features.items() if feature["_type"] == "Image")
     text = next(column for column, feature in features.items() if feature["_type"] != "Image")
@@ -372,9 +388,7 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pair
         row = file.read_row_group(group).slice(i, 1).to_pylist()[0]
         x, y = (n % 2) * width, (n // 2) * height
         for column, offset in ((first, 4), (second, side + 8)):
-            image = ImageOps.contain(
-                Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB"), (side, side)
-            )
+            image = ImageOps.contain(Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB"), (side, side))
             sheet.paste(image, (x + offset + (side - image.width) // 2, y + 4 + (side - image.height) // 2))
         caption = row[text] if isinstance(row[text], str) else f"{row[text][0]} (1 of {len(row[text])})"
         draw.text((x + 6, y + side + 8), caption[:72], fill="black")

@@ -3,13 +3,14 @@
 import hashlib
 import io
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from records import UserError
+from records import UserError, first_line
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 MAX_PIXELS = 100_000_000  # a file that claims more is taken for a decompression bomb
@@ -43,9 +44,7 @@ def decode_image(data: bytes):
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height > MAX_PIXELS:
-            raise BadImage(
-                f"{image.width}x{image.height} is more than {MAX_PIXELS // 1_000_000} million pixels"
-            )
+            raise BadImage(f"{image.width}x{image.height} is more than {MAX_PIXELS // 1_000_000} million pixels")
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it to white
@@ -121,3 +120,94 @@ def ordered_map(function: Callable, items: Iterable, threads: int, ahead: int = 
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def find_dataset_images(name: str, config: str | None, revision: str | None, column: str) -> Photos:
+    """The images of a dataset that is kept as parquet files: a local folder or a repository on the Hub.
+
+    A file's split is told by its path (`320px/train-00000-of-00001.parquet`, `320px/train/0000.parquet`); a
+    path that tells none counts as train.
+    """
+    from datasets import Image, load_dataset
+
+    root = Path(name)
+    if root.is_dir():
+        files = choose_files([path.relative_to(root).as_posix() for path in root.rglob("*.parquet")], config, name)
+    else:
+        root, files = download_parquet(name, config, revision)
+
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[/_.-]", file.lower())
+        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
+        by_split.setdefault(split, []).append(str(root / file))
+    try:
+        tables = load_dataset("parquet", data_files=by_split)
+        tables = tables.select_columns([column]).cast_column(column, Image(decode=False))
+    except Exception as error:  # datasets raises many kinds for files it cannot read or cast
+        columns = next(iter(tables.column_names.values())) if "tables" in locals() else ()
+        if columns and column not in columns:
+            raise UserError(f"--image_column: {name} has no {column} but {', '.join(columns)}") from None
+        raise UserError(f"--dataset: {name}: cannot be read: {first_line(error)}; give another dataset") from None
+
+    def read(key: str) -> bytes:
+        split, row = key.split("/")
+        cell = tables[split][int(row)][column]
+        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
+
+    names = [f"{split}/{row}" for split, table in tables.items() for row in range(len(table))]
+    splits = [split for split, table in tables.items() for _ in range(len(table))]
+    digest = hashlib.sha256("\n".join(f"{file}\t{(root / file).stat().st_size}" for file in files).encode())
+    return Photos(names, splits, read, digest.hexdigest())
+
+
+def download_parquet(name: str, config: str | None, revision: str | None) -> tuple[Path, list[str]]:
+    """Fetch a dataset's parquet files from the Hub, or find them in its cache -> (folder, paths within it).
+
+    A repository that holds a loading script instead is read from the Hub's own conversion of it, which is the
+    revision `refs/convert/parquet`. Without a connection, what an earlier run has downloaded serves.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    revisions = [revision] if revision else ["main", "refs/convert/parquet"]
+    files: list[str] = []
+    try:  # besides its own errors the client raises those of whichever HTTP library it uses
+        for revision in revisions:
+            listed = [file.rfilename for file in HfApi().dataset_info(name, revision=revision).siblings]
+            if files := [file for file in listed if file.endswith(".parquet")]:
+                break
+        files = choose_files(files, config, name)
+        return Path(snapshot_download(name, repo_type="dataset", revision=revision, allow_patterns=files)), files
+    except UserError:
+        raise
+    except Exception as error:
+        for revision in revisions:
+            try:
+                root = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+                files = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
+                return root, choose_files(files, config, name)
+            except Exception:
+                continue
+        raise UserError(f"--dataset: {name}: {first_line(error)}; give a folder or a dataset on the Hub") from None
+
+
+def choose_files(files: list[str], config: str | None, name: str) -> list[str]:
+    """Those of a configuration, sorted. Where there are several, one must be named."""
+    if config:
+        files = [file for file in files if config in file.split("/")[:-1]]
+    configs = {file.split("/")[0] for file in files if "/" in file} - {"data", *SPLIT_NAMES}
+    if len(configs) > 1:
+        raise UserError(f"--dataset_config: {name} has {', '.join(sorted(configs))}; choose one")
+    if not files:
+        where = f"{name}, configuration {config}" if config else name
+        raise UserError(f"--dataset: {where}: no parquet file in it; give a dataset that is kept as such")
+    return sorted(files)
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether any reader sees in this file what `decode_image` does: a PNG, RGB, upright, opaque."""
+    from PIL import Image
+
+    image = Image.open(io.BytesIO(data))
+    upright = image.getexif().get(0x0112, 1) == 1
+    return image.format == "PNG" and image.mode == "RGB" and upright and "transparency" not in image.info

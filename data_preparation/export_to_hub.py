@@ -1,0 +1,73 @@
+"""Push a dataset folder to the Hub: its parquet files and its card.
+
+    python data_preparation/export_to_hub.py FOLDER USER/NAME [--private]
+
+Needs a token that may write, from `hf auth login` or in HF_TOKEN. Running it again uploads only what has changed.
+"""
+
+from pathlib import Path
+
+import records
+from records import UserError, first_line
+
+
+def parse_arguments():
+    # fmt: off
+    parser = records.Parser(__doc__)
+    add = parser.add_argument_group("what and where").add_argument
+    add("folder", type=Path, metavar="FOLDER", help="a finished dataset folder")
+    add("repo_id", metavar="REPO_ID", help="the repository on the Hub, USER/NAME; made if it is not there")
+    add("--private", action="store_true", help="make the repository visible to its owner only")
+    add("--revision", metavar="BRANCH", help="push to this branch, made if it is not there, instead of main")
+    add("--commit_message", default="Upload dataset", metavar="TEXT", help="message of the commit")
+    # fmt: on
+    return parser, parser.parse_args()
+
+
+def main(args) -> None:
+    folder = args.folder
+    shards = sorted(folder.glob("data/*.parquet"))
+    if not folder.is_dir():
+        raise UserError(f"FOLDER: {folder}: no such folder; give one that a build script has made")
+    if not (folder / "README.md").is_file() or not shards:
+        raise UserError(
+            f"FOLDER: {folder}: no finished dataset (README.md and data/*.parquet); run its build command again"
+        )
+
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        repo = api.create_repo(args.repo_id, repo_type="dataset", private=args.private or None, exist_ok=True)
+        if args.revision:
+            api.create_branch(repo.repo_id, repo_type="dataset", branch=args.revision, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=folder,
+            repo_id=repo.repo_id,
+            repo_type="dataset",
+            revision=args.revision,
+            commit_message=args.commit_message,
+            # The plan and unfinished parts stay here; files of an earlier build with other shard names go.
+            allow_patterns=["README.md", "preview.png", "skipped.jsonl", "data/*.parquet"],
+            delete_patterns=["data/*.parquet"],
+        )
+    except HFValidationError as error:
+        raise UserError(f"REPO_ID: {args.repo_id}: {first_line(error)}; give USER/NAME") from None
+    except LocalTokenNotFoundError:
+        raise UserError("HF_TOKEN: no token; run `hf auth login` or set HF_TOKEN") from None
+    except HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else None
+        if code in (401, 403):
+            raise UserError(
+                f"REPO_ID: {args.repo_id}: not allowed ({code}); log in with a token that may write"
+            ) from None
+        raise UserError(f"REPO_ID: {args.repo_id}: {first_line(error)}; run the command again") from None
+    size = sum(path.stat().st_size for path in shards) / 1e6
+    print(f"{len(shards)} shards ({size:.1f} MB) and the card: {repo}")
+    print(f"commit: {commit.commit_url}")
+
+
+if __name__ == "__main__":
+    parser, args = parse_arguments()
+    records.run(parser, lambda: main(args))

@@ -1,0 +1,373 @@
+"""Read the weights of White-box CartoonGAN's generator from any of the formats in which they are handed
+around.
+
+    read_weights(FILE.npz | FILE.safetensors | FILE.tflite | SAVED_MODEL_FOLDER | HUB_REPOSITORY)
+
+All readers return the same thing: a dict from the names in `SHAPES` to float32 arrays, convolutions as (out,
+in, height, width). Neither TensorFlow nor its lite runtime is needed: the parts of their file formats that
+matter here are read below, from their published descriptions (the SSTable layout of LevelDB's
+doc/table_format.md, the messages of tensor_bundle.proto and trackable_object_graph.proto, and TensorFlow
+Lite's schema.fbs).
+"""
+
+import re
+import struct
+from pathlib import Path
+
+from records import UserError
+
+HUB_REPOSITORY = "sayakpaul/whitebox-cartoonizer"
+
+# name -> (channels out, channels in, kernel side), in the order in which the network runs
+LAYERS = {
+    "conv0": (32, 3, 7),
+    "conv1": (32, 32, 3),
+    "conv2": (64, 32, 3),
+    "conv3": (64, 64, 3),
+    "conv4": (128, 64, 3),
+    **{f"block{i}.conv{j}": (128, 128, 3) for i in range(4) for j in (1, 2)},
+    "conv5": (64, 128, 3),
+    "conv6": (64, 64, 3),
+    "conv7": (32, 64, 3),
+    "conv8": (32, 32, 3),
+    "conv9": (3, 32, 7),
+}
+SHAPES = {
+    name: shape
+    for layer, (out, into, side) in LAYERS.items()
+    for name, shape in ((f"{layer}.weight", (out, into, side, side)), (f"{layer}.bias", (out,)))
+}
+
+
+def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict:
+    """Read and check the weights. Raises UserError, which names the first array that does not fit."""
+    path = Path(source)
+    readers = {".npz": read_npz, ".safetensors": read_safetensors, ".tflite": read_tflite}
+    try:
+        if path.is_dir():
+            arrays = read_saved_model(path)
+        elif path.suffix in readers:
+            if not path.is_file():
+                raise UserError(f"{flag}: {source}: no such file")
+            arrays = readers[path.suffix](path)
+        elif re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
+            arrays = read_hub(source, flag)
+        else:
+            raise UserError(
+                f"{flag}: {source}: not a file of weights; give .npz, .safetensors, .tflite, the folder of a "
+                "TensorFlow SavedModel or a repository on the Hub"
+            )
+        check(arrays)
+    except (ValueError, OSError, KeyError, IndexError, struct.error) as error:
+        raise UserError(f"{flag}: {source}: {error}; give the weights of White-box CartoonGAN's generator") from None
+    return arrays
+
+
+def check(arrays: dict) -> None:
+    """Raise ValueError for the first array that is missing, has another shape or is not finite."""
+    import numpy as np
+
+    for name, shape in SHAPES.items():
+        if name not in arrays:
+            raise ValueError(f"no array for {name}, shape {shape}")
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} holds values that are not finite")
+
+
+def read_npz(path: Path) -> dict:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name].astype(np.float32) for name in file.files}
+    except zipfile.BadZipFile as error:
+        raise ValueError(str(error)) from None
+
+
+def read_safetensors(path: Path) -> dict:
+    import numpy as np
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return {name: array.astype(np.float32) for name, array in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+
+
+def read_hub(repository: str, flag: str) -> dict:
+    """Download a SavedModel's variables, convert them once, keep the result beside the Hub's own cache."""
+    import os
+
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from safetensors.numpy import save_file
+
+    try:
+        snapshot = Path(snapshot_download(repository, allow_patterns=["variables/*", "*/variables/*"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{flag}: {repository}: cannot be had from the Hub ({reason}); give a file instead") from None
+    cached = Path(constants.HF_HOME) / "whitebox-cartoonizer" / f"{snapshot.name}.safetensors"
+    if cached.is_file():
+        return read_safetensors(cached)
+    arrays = read_saved_model(snapshot)
+    check(arrays)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
+    save_file(arrays, temporary)
+    os.replace(temporary, cached)
+    return arrays
+
+
+# TensorFlow SavedModel: variables/variables.index is a table from variable name to a small message that says
+# where in variables/variables.data-0000i-of-0000n the values are.
+
+
+def read_saved_model(folder: Path) -> dict:
+    import numpy as np
+
+    indices = sorted(folder.rglob("*.index"))
+    if len(indices) != 1:
+        raise ValueError(f"{len(indices)} files *.index in it, where a SavedModel has variables/variables.index")
+    entries = read_bundle(indices[0])
+    # Object-based checkpoints name a variable by its place in an object graph, which tells the graph's own
+    # name for it.
+    graph_names = read_object_graph(entries.pop("_CHECKPOINTABLE_OBJECT_GRAPH", None))
+    arrays = {}
+    for key, (dtype, shape, data) in entries.items():
+        layer = layer_of(graph_names.get(key, key))
+        if layer is None or dtype != 1:  # 1 is DT_FLOAT
+            continue
+        values = np.frombuffer(data, "<f4")
+        if values.size != np.prod(shape):
+            raise ValueError(f"{key} has {values.size} values for shape {tuple(shape)}")
+        # (height, width, in, out) -> (out, in, height, width)
+        arrays[layer] = np.ascontiguousarray(values.reshape(shape).transpose(3, 2, 0, 1) if len(shape) == 4 else values)
+    if not arrays:
+        raise ValueError(
+            f"no variable of the generator in {indices[0].name}: it has {', '.join(list(entries)[:3])}, ..."
+        )
+    return arrays
+
+
+def layer_of(variable: str) -> str | None:
+    """`.../generator/Conv_5/weights` -> `conv5.weight`; None for what is no weight of the generator.
+
+    Only the tail of the name counts: exports put scopes before it, and `:0` or `/.ATTRIBUTES/VARIABLE_VALUE`
+    after it.
+    """
+    layer = r"(?:^|/)(?:Conv(?:_(\d))?|block_(\d)/conv(\d))"
+    match = re.search(layer + r"/(weights|kernel|biases|bias)(?::0)?(?:/\.ATTRIBUTES/.*)?$", variable)
+    if not match:
+        return None
+    conv, block, inner, kind = match.groups()
+    layer = f"block{block}.conv{inner}" if block else f"conv{conv or 0}"
+    return f"{layer}.weight" if kind in ("weights", "kernel") else f"{layer}.bias"
+
+
+def read_bundle(index: Path) -> dict[str, tuple[int, list[int], bytes]]:
+    """A tensor bundle -> {name: (dtype number, shape, bytes)}, every checksum verified."""
+    table = read_table(index.read_bytes())
+    header = read_message(table.pop(b"", b""))
+    shards = header.get(1, [1])[0]
+    if header.get(2, [0])[0] != 0:
+        raise ValueError(f"{index.name} is big-endian, which is not supported")
+    files = {}
+    entries = {}
+    for key, value in table.items():
+        message = read_message(value)
+        shape = [read_message(dim).get(1, [0])[0] for dim in read_message(message.get(2, [b""])[0]).get(2, [])]
+        shard, offset, size = (message.get(field, [0])[0] for field in (3, 4, 5))
+        if shard not in files:
+            files[shard] = index.with_suffix(f".data-{shard:05d}-of-{shards:05d}").read_bytes()
+        data = files[shard][offset : offset + size]
+        name = key.decode()
+        if len(data) != size:
+            raise ValueError(f"{name} lies beyond the end of the data file")
+        if message.get(1, [0])[0] != 7 and masked_crc32c(data) != message.get(6, [0])[0]:  # 7 is DT_STRING
+            raise ValueError(f"{name} does not match its checksum: the file is damaged")
+        entries[name] = (message.get(1, [0])[0], shape, data)
+    return entries
+
+
+def read_table(data: bytes) -> dict[bytes, bytes]:
+    """A sorted string table: blocks of prefix-compressed keys, an index block, a footer that points at it."""
+    if len(data) < 48 or data[-8:] != struct.pack("<Q", 0xDB4775248B80FB57):
+        raise ValueError("no index of a TensorFlow checkpoint (its last eight bytes are others)")
+    footer = data[-48:]
+    position = 0
+    for _ in range(2):  # offset and size of the metaindex block, which is not needed
+        _, position = read_varint(footer, position)
+    index_offset, position = read_varint(footer, position)
+    index_size, _ = read_varint(footer, position)
+    table = {}
+    for handle in read_block(data, index_offset, index_size).values():
+        offset, position = read_varint(handle, 0)
+        size, _ = read_varint(handle, position)
+        table.update(read_block(data, offset, size))
+    return table
+
+
+def read_block(data: bytes, offset: int, size: int) -> dict[bytes, bytes]:
+    block, trailer = data[offset : offset + size], data[offset + size : offset + size + 5]
+    if len(trailer) != 5 or trailer[0] != 0:
+        raise ValueError("a block of the index is cut off or compressed")
+    if masked_crc32c(block + trailer[:1]) != struct.unpack("<I", trailer[1:])[0]:
+        raise ValueError("a block of the index does not match its checksum: the file is damaged")
+    end = len(block) - 4 - 4 * struct.unpack("<I", block[-4:])[0]  # the restart points and their count
+    entries, key, position = {}, b"", 0
+    while position < end:
+        shared, position = read_varint(block, position)
+        fresh, position = read_varint(block, position)
+        length, position = read_varint(block, position)
+        key = key[:shared] + block[position : position + fresh]
+        position += fresh
+        entries[key] = block[position : position + length]
+        position += length
+    return entries
+
+
+def read_varint(data: bytes, position: int) -> tuple[int, int]:
+    """A little-endian base-128 number at `position` -> (the number, the position after it)."""
+    value = shift = 0
+    while True:
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            return value, position
+
+
+def read_message(data: bytes) -> dict[int, list]:
+    """A protocol-buffer message -> {field number: values}: numbers as int, all else as bytes."""
+    fields: dict[int, list] = {}
+    position = 0
+    while position < len(data):
+        tag, position = read_varint(data, position)
+        kind = tag & 7
+        if kind == 0:
+            value, position = read_varint(data, position)
+        elif kind == 2:
+            length, position = read_varint(data, position)
+            value, position = data[position : position + length], position + length
+        elif kind in (1, 5):
+            length = 8 if kind == 1 else 4
+            value, position = int.from_bytes(data[position : position + length], "little"), position + length
+        else:
+            raise ValueError("a message of the index is not readable")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def read_object_graph(entry) -> dict[str, str]:
+    """The string tensor of a TrackableObjectGraph -> {key in the checkpoint: name in the graph}."""
+    if entry is None:
+        return {}
+    length, position = read_varint(entry[2], 0)
+    graph = read_message(entry[2][position + 4 : position + 4 + length])  # 4 bytes of checksum between
+    attributes = [read_message(a) for node in graph.get(1, []) for a in read_message(node).get(2, [])]
+    return {a[3][0].decode(): a[2][0].decode() for a in attributes if 2 in a and 3 in a}
+
+
+def masked_crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli), rotated and offset as TensorFlow stores it."""
+    crc = 0xFFFFFFFF
+    table = _CRC_TABLE
+    for byte in data:
+        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _crc_table() -> list[int]:
+    table = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        table.append(value)
+    return table
+
+
+_CRC_TABLE = _crc_table()
+
+
+# TensorFlow Lite: a FlatBuffer. A table is found through an offset, its fields through a small table of
+# offsets before it. Field numbers below are places in schema.fbs.
+
+
+def read_tflite(path: Path) -> dict:
+    """The generator's convolutions, in the order in which they run; float16 values are widened."""
+    import numpy as np
+
+    data = path.read_bytes()
+    if data[4:8] != b"TFL3":
+        raise ValueError("not a TensorFlow Lite file")
+
+    def u32(position):
+        return struct.unpack_from("<I", data, position)[0]
+
+    def field(table, number):
+        """Position of a field, 0 where it is left at its default."""
+        offsets = table - struct.unpack_from("<i", data, table)[0]
+        if 4 + 2 * number >= struct.unpack_from("<H", data, offsets)[0]:
+            return 0
+        offset = struct.unpack_from("<H", data, offsets + 4 + 2 * number)[0]
+        return table + offset if offset else 0
+
+    def vector(table, number):
+        """(Position of the first element, count)."""
+        position = field(table, number)
+        if not position:
+            return 0, 0
+        position += u32(position)
+        return position + 4, u32(position)
+
+    def tables(table, number):
+        start, count = vector(table, number)
+        return [start + 4 * i + u32(start + 4 * i) for i in range(count)]
+
+    def integers(table, number):
+        start, count = vector(table, number)
+        return struct.unpack_from(f"<{count}i", data, start)
+
+    model = u32(0)
+    codes = []  # OperatorCode: 0 deprecated_builtin_code (int8), 3 builtin_code (int32): the larger counts
+    for code in tables(model, 1):
+        old, new = field(code, 0), field(code, 3)
+        codes.append(max(data[old] if old else 0, u32(new) if new else 0))
+    buffers = tables(model, 4)
+    graph = tables(model, 2)[0]
+    tensors = tables(graph, 0)
+
+    def values(tensor):
+        kind, buffer = field(tensor, 1), field(tensor, 2)
+        dtype = {0: "<f4", 1: "<f2"}[data[kind] if kind else 0]
+        start, count = vector(buffers[u32(buffer)], 0)
+        array = np.frombuffer(data, dtype, count // int(dtype[-1]), start)
+        return array.reshape(integers(tensor, 0)).astype(np.float32)
+
+    arrays, source = {}, {}  # source: the tensor from which DEQUANTIZE makes another
+    layers = iter(LAYERS)
+    for operator in tables(graph, 3):
+        index = field(operator, 0)
+        code, inputs, outputs = (
+            codes[u32(index) if index else 0],
+            integers(operator, 1),
+            integers(operator, 2),
+        )
+        if code == 6:  # DEQUANTIZE
+            source[outputs[0]] = inputs[0]
+        elif code == 3:  # CONV_2D: input, weights (out, height, width, in), bias
+            layer = next(layers, None)
+            if layer is None:
+                raise ValueError(f"more than {len(LAYERS)} convolutions in it")
+            weight, bias = (values(tensors[source.get(i, i)]) for i in inputs[1:3])
+            arrays[f"{layer}.weight"] = np.ascontiguousarray(weight.transpose(0, 3, 1, 2))
+            arrays[f"{layer}.bias"] = bias
+    return arrays
