@@ -129,9 +129,10 @@ def build_vae():
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=16,
+        # A group of few channels normalises away the mean colour of the image, and its contrast with it.
+        norm_num_groups=4,
         sample_size=128,
-        # The training script rescales the latents to unit variance inside the model.
+        # The training script brings the latents to unit variance inside the model.
         scaling_factor=1.0,
     )
 
@@ -173,7 +174,9 @@ def build_unet(in_channels: int):
         layers_per_block=1,
         cross_attention_dim=64,
         attention_head_dim=4,  # the number of heads, as in Stable Diffusion's own configuration
-        norm_num_groups=16,
+        norm_num_groups=4,
+        # Velocity mixes the noisy and the source latents in proportions that depend on the time step.
+        resnet_time_scale_shift="scale_shift",
     )
 
 
