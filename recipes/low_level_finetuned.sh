@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Low-level image processing (deblur, derain, denoise, enhance), from InstructPix2Pix.
+# The same as low_level_from_scratch.sh, but the base follows instructions already.
+#
+#     bash recipes/low_level_finetuned.sh                   # as published
+#     bash recipes/low_level_finetuned.sh --push_to_hub     # and upload it: further flags go to the script, the last one wins
+#     MAX_TRAIN_STEPS=1000 OUTPUT_DIR=/data/try bash recipes/low_level_finetuned.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+MODEL_ID=${MODEL_ID:-timbrooks/instruct-pix2pix}
+DATASET_ID=${DATASET_ID:-instruction-tuning-sd/low-level-image-proc}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/low-level-finetuned}
+MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-15000}
+MIXED_PRECISION=${MIXED_PRECISION:-fp16}
+REPORT_TO=${REPORT_TO:-wandb}
+VAL_IMAGE_URL=${VAL_IMAGE_URL:-https://hf.co/datasets/sayakpaul/sample-datasets/resolve/main/derain_the_image_1.png}
+
+accelerate launch --mixed_precision="$MIXED_PRECISION" finetune_instruct_pix2pix.py \
+  --pretrained_model_name_or_path="$MODEL_ID" \
+  --dataset_name="$DATASET_ID" \
+  --original_image_column="input_image" --edit_prompt_column="instruction" --edited_image_column="ground_truth_image" \
+  --image_geometry=crop \
+  --use_ema \
+  --enable_xformers_memory_efficient_attention \
+  --resolution=256 --random_flip \
+  --train_batch_size=2 --gradient_accumulation_steps=4 --gradient_checkpointing \
+  --max_train_steps="$MAX_TRAIN_STEPS" \
+  --checkpointing_steps=5000 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
+  --learning_rate=5e-05 --lr_warmup_steps=0 \
+  --conditioning_dropout_prob=0.05 \
+  --mixed_precision="$MIXED_PRECISION" \
+  --val_image_url="$VAL_IMAGE_URL" \
+  --validation_prompt="Derain the image" \
+  --seed=42 \
+  --output_dir="$OUTPUT_DIR" \
+  --report_to="$REPORT_TO" \
+  "$@"
