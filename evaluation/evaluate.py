@@ -127,7 +127,7 @@ def edit(pipeline, triples: list[dict], args) -> None:
         inputs = [triple["input"] for triple in batch]
         edited = pipeline(
             [triple["instruction"] for triple in batch],
-            image=to_tensor(inputs),
+            image=(to_tensor(inputs) + 1) / 2,
             num_inference_steps=args.num_inference_steps,
             image_guidance_scale=args.image_guidance_scale,
             guidance_scale=args.guidance_scale,
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
         pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            args.model, torch_dtype=dtype, safety_checker=None
+            args.model, dtype=dtype, safety_checker=None
         )
     except (OSError, ValueError) as error:
         fail(f"--model: {args.model} cannot be loaded: {' '.join(str(error).split())[:200]}")

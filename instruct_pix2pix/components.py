@@ -164,10 +164,10 @@ def load_unet(args, checkpoint: Path | None) -> UNet2DConditionModel:
     """The UNet in float32 with 8 input channels: from a checkpoint to resume, or from the base model."""
     name = args.pretrained_model_name_or_path
     if checkpoint is not None:
-        return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", torch_dtype=torch.float32)
+        return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
     with _explained(name, "unet"):
         unet = UNet2DConditionModel.from_pretrained(
-            name, subfolder="unet", torch_dtype=torch.float32, **_where(args, args.non_ema_revision)
+            name, subfolder="unet", dtype=torch.float32, **_where(args, args.non_ema_revision)
         )
     if unet.config.in_channels == 4:
         widen_conv_in(unet)
@@ -183,7 +183,7 @@ def load_frozen(args) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
     with _explained(name, "text_encoder"):
         text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32, **where)
     with _explained(name, "vae"):
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32, **where)
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", dtype=torch.float32, **where)
     for model in (text_encoder, vae):
         model.requires_grad_(False).eval()
     return tokenizer, text_encoder, vae

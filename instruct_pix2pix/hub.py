@@ -138,7 +138,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.utils import load_image
 
 model = "{name}"
-pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, torch_dtype=torch.float16).to("cuda")
+pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, dtype=torch.float16).to("cuda")
 image = load_image("photo.png")
 edited = pipeline(
     "{prompt}", image=image, num_inference_steps=20, image_guidance_scale=1.5, guidance_scale=7.0
