@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from instruct_pix2pix import checkpoint as checkpoints
 from instruct_pix2pix import components, hub
 from instruct_pix2pix.conditioning import drop_conditioning
 from instruct_pix2pix.dataset import to_unit_range
-from instruct_pix2pix.errors import RowError
+from instruct_pix2pix.errors import RowError, UserError
 from instruct_pix2pix.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
 from instruct_pix2pix.options import resolved, write_json
 from instruct_pix2pix.preparation import Plan, Training, build, check, print_dry_run, start_accelerator
@@ -156,14 +157,14 @@ def write_checkpoint(args, accelerator: Accelerator, plan: Plan, training: Train
         "loss_scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
         "flags": resolved(args),
     }
-    checkpoints.save_checkpoint(
-        Path(args.output_dir),
-        state,
-        training.bare_unet,
-        training.optimizer.optimizer,
-        training.ema,
-        args.checkpoints_total_limit,
-    )
+    parts = (training.bare_unet, training.optimizer.optimizer, training.ema)
+    try:
+        checkpoints.save_checkpoint(Path(args.output_dir), state, *parts, args.checkpoints_total_limit)
+    except OSError as error:  # most often a full disk
+        raise UserError(
+            f"--output_dir: checkpoint-{step} cannot be written ({error}); the checkpoints before it are whole, make"
+            " room and go on with --resume_from_checkpoint latest"
+        ) from error
 
 
 def _validation_is_due(args, plan: Plan, step: int) -> bool:
@@ -226,7 +227,7 @@ class Log:
             unit="update",
             disable=not accelerator.is_local_main_process,
         )
-        self.pending, self.last_step = [], plan.first_step
+        self.pending, self.last_step, self.warned = [], plan.first_step, False
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -264,6 +265,11 @@ class Log:
             self.json.write(entries)
             for entry in entries:
                 self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, entry["step"])
+            if not self.warned and not math.isfinite(entries[-1]["loss"]):
+                self.warned = True
+                logger.warning(
+                    "the loss of update %d is not finite; lower --learning_rate, or train with bf16", self.last_step
+                )
             self.progress.set_postfix(loss=f"{entries[-1]['loss']:.4f}", images_s=f"{images_per_second:.1f}")
 
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, to_argv
 
-from instruct_pix2pix.errors import UserError
+from instruct_pix2pix.errors import UserError, run
 from instruct_pix2pix.options import build_parser, check, parse_args, resolved, trackers
 
 NEEDED = ["--pretrained_model_name_or_path=model", "--dataset_name=data"]
@@ -134,3 +134,33 @@ def test_trackers():
     assert trackers(parse_args("", [*NEEDED, "--report_to=none"])) == []
     assert trackers(parse_args("", [*NEEDED, "--report_to=wandb,tensorboard"])) == ["wandb", "tensorboard"]
     assert set(trackers(parse_args("", [*NEEDED, "--report_to=all"]))) == {"wandb", "tensorboard"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("--seed: 1 is odd; give 2"), 2, "error: --seed: 1 is odd; give 2"),
+        (KeyboardInterrupt(), 130, "--resume_from_checkpoint latest"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "lower --train_batch_size"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, code, said, capsys, monkeypatch):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    message = capsys.readouterr().err
+    assert caught.value.code == code and said in message and message.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        run(main)
+    assert bool(capsys.readouterr().err) == (code == 1)
+
+
+def test_other_errors_keep_their_traceback():
+    def main(argv):
+        raise RuntimeError("a defect of ours")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        run(main)

@@ -162,7 +162,7 @@ def test_a_failure_while_a_checkpoint_is_written_leaves_the_last_one_in_use(smal
         real(*arguments)
 
     monkeypatch.setattr(checkpoints, "write_json", fail_the_second_time)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="--output_dir: checkpoint-2 cannot be written .No space"):
         small_run(checkpointing_steps=1, checkpoints_total_limit=1)
     monkeypatch.setattr(checkpoints, "write_json", real)
     output_dir = Path(calls[0][0]).parent.parent
@@ -408,8 +408,10 @@ def test_xformers_that_cannot_be_used_is_one_line_and_training_goes_on(small_run
 
 
 @pytest.mark.slow
-def test_bf16_trains_and_exports_the_frozen_parts_unrounded(small_run, base_models):
-    output_dir = small_run(max_train_steps=2, mixed_precision="bf16", train_batch_size=1)
+def test_bf16_trains_validates_and_exports_the_frozen_parts_unrounded(small_run, base_models, pairs):
+    watched = {"val_image_url": pairs / "original/0.png", "validation_prompt": "blur it", "num_validation_images": 1}
+    output_dir = small_run(max_train_steps=2, mixed_precision="bf16", train_batch_size=1, **watched)
+    assert (output_dir / "validation" / "step-000002.png").exists()
     assert_same_tensors(
         output_dir / "vae/diffusion_pytorch_model.safetensors",
         base_models["finetune"] / "vae/diffusion_pytorch_model.safetensors",
