@@ -285,59 +285,67 @@ def write_contact_sheet(edits: list[Edit], args, records: dict) -> None:
         planning.keep(Path(args.output_dir), planning.CONTACT_SHEET, content, {})
 
 
+def look_through(args, edits: list[Edit], output_dir: Path):
+    """Every edit's image and earlier output, before weights load. Raises ValueError, in one line.
+
+    Returns (settings of each edit that can be made, edits that are finished, inner sizes of those that are not,
+    {image: why it is left out}, how many images the model will see scaled down).
+    """
+    from tqdm import tqdm
+
+    settings: dict[Edit, dict] = {}
+    finished: list[Edit] = []
+    sizes: dict[Edit, tuple[int, int]] = {}
+    left_out: dict[str, str] = {}
+    scaled = 0
+    model = planning.model_fingerprint(args.model_id)
+    records = planning.read_records(output_dir)
+    if args.contact_sheet:
+        planning.own_record(output_dir, planning.CONTACT_SHEET, records)
+    known: dict[Path, tuple[str, tuple[int, int]]] = {}  # SHA-256 and size of each image
+    for edit in tqdm(edits, desc="looking through images", delay=2, leave=False):
+        if str(edit.image) in left_out:
+            continue
+        try:
+            if edit.image not in known:
+                known[edit.image] = planning.file_sha256(edit.image), upright_size(edit.image)
+        except OSError as error:
+            left_out[str(edit.image)] = f"{edit.image}: cannot be read ({error.strerror})"
+            continue
+        except ValueError as error:
+            left_out[str(edit.image)] = str(error)
+            continue
+        sha256, size = known[edit.image]
+        settings[edit] = {
+            "input_sha256": sha256,
+            "instruction": edit.instruction,
+            "model": model,
+            "seed": args.seed,
+            "steps": args.steps,
+            "image_guidance_scale": args.image_guidance_scale,
+            "guidance_scale": args.guidance_scale,
+            "resolution": args.resolution,
+        }
+        if planning.is_finished(output_dir, edit.output, settings[edit], records, args.overwrite):
+            finished.append(edit)
+        else:
+            sizes[edit] = editing.inner_size(size, args.resolution)
+            scaled += sizes[edit] != size
+    return settings, finished, sizes, left_out, scaled
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, args = parse_arguments(argv)
     if warning := editing.guidance_warning(args.guidance_scale, args.image_guidance_scale):
         parser.warn(warning)
     output_dir = Path(args.output_dir)
 
-    from tqdm import tqdm
-
     # 1. All that can be wrong before weights load: instructions, images, the model's folder, earlier outputs.
-    settings: dict[Edit, dict] = {}
-    finished: list[Edit] = []
-    sizes: dict[Edit, tuple[int, int]] = {}  # of what is left to do, as the model will see it
-    left_out: dict[str, str] = {}  # image: why
-    scaled = 0
     try:
         edits = plan(args)
         editing.check_folder("--output_dir", output_dir)
         editing.check_model(args.model_id)
-        model = planning.model_fingerprint(args.model_id)
-        records = planning.read_records(output_dir)
-        if args.contact_sheet:
-            planning.own_record(output_dir, planning.CONTACT_SHEET, records)
-        known: dict[Path, tuple[str, tuple[int, int]]] = {}  # SHA-256 and size of each image
-        with tqdm(total=len(edits), desc="looking through images", delay=2, leave=False) as bar:
-            for edit in edits:
-                bar.update()
-                if str(edit.image) in left_out:
-                    continue
-                try:
-                    if edit.image not in known:
-                        known[edit.image] = planning.file_sha256(edit.image), upright_size(edit.image)
-                except OSError as error:
-                    left_out[str(edit.image)] = f"{edit.image}: cannot be read ({error.strerror})"
-                    continue
-                except ValueError as error:
-                    left_out[str(edit.image)] = str(error)
-                    continue
-                sha256, size = known[edit.image]
-                settings[edit] = {
-                    "input_sha256": sha256,
-                    "instruction": edit.instruction,
-                    "model": model,
-                    "seed": args.seed,
-                    "steps": args.steps,
-                    "image_guidance_scale": args.image_guidance_scale,
-                    "guidance_scale": args.guidance_scale,
-                    "resolution": args.resolution,
-                }
-                if planning.is_finished(output_dir, edit.output, settings[edit], records, args.overwrite):
-                    finished.append(edit)
-                else:
-                    sizes[edit] = editing.inner_size(size, args.resolution)
-                    scaled += sizes[edit] != size
+        settings, finished, sizes, left_out, scaled = look_through(args, edits, output_dir)
     except ValueError as error:
         parser.error(str(error))
     if not settings:

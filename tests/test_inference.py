@@ -12,21 +12,18 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import cartoonize
+import edit_images
+import editing
 import numpy as np
+import planning
 import pytest
+from loopback_hub import loopback_hub
 from PIL import Image
-
-from tests.loopback_hub import loopback_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["cartoonize.py", "low_level_image_processing.py", "edit_images.py"]
 PHOTOS = sorted((ROOT / "assets/photos/test").glob("*.webp"))
-sys.path.insert(0, str(ROOT / "inference"))  # the scripts import their siblings, as they do when run
-
-import cartoonize  # noqa: E402
-import edit_images  # noqa: E402
-import editing  # noqa: E402
-import planning  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,0 +1,118 @@
+"""Metrics against values known by arithmetic, and the evaluation script from dataset to sheet."""
+
+import json
+import subprocess
+import sys
+
+import datasets
+import evaluate
+import metrics
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+
+def test_psnr_by_arithmetic():
+    image = np.full((16, 16, 3), 100, np.uint8)
+    assert metrics.psnr(image, image) == 100.0
+    assert metrics.psnr(image, image + 5) == pytest.approx(20 * np.log10(255 / 5))
+    half = image.copy()
+    half[:8] += 10  # mean squared error 50
+    assert metrics.psnr(half, image) == pytest.approx(10 * np.log10(255**2 / 50))
+
+
+def test_ssim_is_one_for_equal_images_and_falls_with_blur_and_noise(photos):
+    photo = np.asarray(photos[0])
+    small = np.asarray(photos[0].reduce(2).resize(photos[0].size))
+    noise = np.random.default_rng(0).normal(0, 40, photo.shape)
+    noisy = np.clip(photo + noise, 0, 255).astype(np.uint8)
+    assert metrics.ssim(photo, photo) == pytest.approx(1.0)
+    assert 0 < metrics.ssim(noisy, photo) < metrics.ssim(small, photo) < 1
+
+
+@pytest.fixture
+def dataset(tmp_path, photos):
+    image = datasets.Image()
+    rows = {
+        "instruction": [["darken it", "make it darker"]] * 3,
+        "input_image": photos[:3],
+        "ground_truth_image": [photo.point(lambda value: value // 2) for photo in photos[:3]],
+        "task": ["dark", "dark", "other"],
+    }
+    features = {
+        "instruction": datasets.List(datasets.Value("string")),
+        "input_image": image,
+        "ground_truth_image": image,
+        "task": datasets.Value("string"),
+    }
+    folder = tmp_path / "dataset"
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / "test.parquet")
+    return folder
+
+
+def test_an_evaluation_measures_the_model_beside_its_bounds(dataset, base_models, tmp_path, capsys, photos):
+    out = tmp_path / "out"
+    model = base_models["finetune"]
+    flags = [f"--model={model}", f"--dataset={dataset}", f"--output_dir={out}", "--resolution=64"]
+    evaluate.main([*flags, "--num_inference_steps=2", "--batch_size=2"])
+    found = json.loads((out / "metrics.json").read_text())
+    expected = []
+    for photo in photos[:3]:
+        scale = 64 / min(photo.size)
+        photo = photo.resize([round(side * scale) for side in photo.size], Image.Resampling.BICUBIC)
+        left, top = ((side - 64) // 2 for side in photo.size)
+        square = np.asarray(photo.crop((left, top, left + 64, top + 64)))
+        expected.append(metrics.psnr(square, square // 2))
+    assert found["psnr_identity_db"] == pytest.approx(np.mean(expected), abs=0.5)
+    assert found["images"] == 3 and found["tasks"]["dark"]["images"] == 2
+    for kind in evaluate.KINDS:
+        assert found[f"psnr_{kind}_db"] > 0 and -1 <= found[f"ssim_{kind}"] <= 1
+    # Random weights: the round trip loses almost everything, and the numbers must say so.
+    assert found["psnr_identity_through_vae_db"] < found["psnr_identity_db"]
+    sheet = Image.open(out / "comparison.png")
+    assert sheet.width > 2 * 3 * 192 and sheet.height > 2 * 192
+    printed = capsys.readouterr().out
+    assert "vae ceiling" in printed and "comparison.png" in printed
+
+    again = tmp_path / "again"
+    evaluate.main([*flags[:2], f"--output_dir={again}", "--resolution=64", "--num_inference_steps=2", "--batch_size=1"])
+    repeated = json.loads((again / "metrics.json").read_text())
+    assert repeated["psnr_model_db"] == pytest.approx(found["psnr_model_db"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model=/no/such"], "--model: /no/such is not a folder"),
+        (["--split=held_out"], "--dataset:"),
+        (["--batch_size=0"], "--batch_size: 0 is too small"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, dataset, base_models, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([f"--model={base_models['finetune']}", f"--dataset={dataset}", *flags])
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error and error.strip().count("\n") == 0
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_from_photographs_to_metrics(tmp_path):
+    import os
+
+    environment = {
+        **os.environ,
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "OUTPUT_DIR": str(tmp_path / "quickstart"),
+        "MAX_TRAIN_STEPS": "3",
+    }
+    done = subprocess.run(
+        ["bash", ROOT / "recipes/quickstart.sh"], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "quickstart" / "metrics.json").read_text())
+    for key in ("psnr_identity_db", "psnr_model_db", "ssim_identity", "ssim_model", "train_seconds"):
+        assert found[key] > 0, key
+    assert found["steps"] == 3 and found["images"] == 24
+    assert Image.open(tmp_path / "quickstart" / "comparison.png").width > 1000
+    assert (tmp_path / "quickstart" / "pipeline" / "model_index.json").exists()
