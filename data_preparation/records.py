@@ -78,6 +78,9 @@ def add_dataset_flags(add) -> None:
 def check_dataset_flags(parser: Parser, args) -> None:
     if args.rows_per_shard < 1:
         parser.error(f"--rows_per_shard: {args.rows_per_shard} is too small; give 1 or more")
+    for name in ("photos", "reds", "rain13k", "sidd", "lol", "raindrop"):
+        if (folder := getattr(args, name, None)) and args.output_dir.resolve().is_relative_to(folder.resolve()):
+            parser.error(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
     fractions = args.validation_fraction, args.test_fraction
     if min(fractions) < 0 or sum(fractions) >= 1:
         parser.error(
@@ -223,6 +226,8 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
     while not path.exists() and rank != 0:
         time.sleep(0.2)
     if not path.exists():
+        if any((output_dir / name).exists() for name in ("README.md", "preview.png")) or any(output_dir.glob("data/*")):
+            raise UserError(f"--output_dir: {output_dir} holds something else; choose a new folder")
         rows, skipped = make_plan()
         if not any(row.split == "train" for row in rows):
             reasons = f" ({skipped[0]['source']}: {skipped[0]['reason']}, ...)" if skipped else ""

@@ -1,5 +1,6 @@
 """Where images come from: folders of photos, datasets with an image column, downloaded restoration sets."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -46,7 +47,8 @@ def decode_image(data: bytes):
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width}x{image.height} is more than {MAX_PIXELS // 1_000_000} million pixels")
         image.load()
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):  # a broken EXIF block says nothing against the picture
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it to white
             values = np.asarray(image).astype(np.float64)
             image = Image.fromarray((np.clip(values, 0, 65535) / 257).round().astype(np.uint8))
