@@ -183,13 +183,13 @@ def download_parquet(name: str, config: str | None, revision: str | None) -> tup
     except UserError:
         raise
     except Exception as error:
+        patterns = [f"{config}/*.parquet", f"*/{config}/*.parquet"] if config else ["*.parquet"]
+        where = {"repo_type": "dataset", "allow_patterns": patterns, "local_files_only": True}
         for revision in revisions:
-            try:
-                root = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+            with contextlib.suppress(Exception):
+                root = Path(snapshot_download(name, revision=revision, **where))
                 files = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
                 return root, choose_files(files, config, name)
-            except Exception:
-                continue
         raise UserError(f"--dataset: {name}: {first_line(error)}; give a folder or a dataset on the Hub") from None
 
 
