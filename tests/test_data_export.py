@@ -58,16 +58,19 @@ def test_pushed_folder_is_loaded_from_the_hub(tmp_path, dataset):
 
 
 def test_photos_from_a_dataset_on_the_hub(tmp_path, dataset):
-    """With configurations as folders, as Imagenette has them; once more without the Hub."""
+    """As Imagenette is kept: a script, and the Hub's conversion of it beside; once more without the Hub."""
     code = """
 import sys
 from huggingface_hub import HfApi
 api = HfApi()
 api.create_repo("tester/imagenette", repo_type="dataset")
+where = dict(repo_id="tester/imagenette", repo_type="dataset")
+api.upload_file(path_or_fileobj=b"raise SystemExit", path_in_repo="imagenette.py", **where)
+api.create_branch(branch="refs/convert/parquet", **where)
 for config in ("160px", "320px"):
     for split, path in (("train", sys.argv[1]), ("validation", sys.argv[2])):
-        api.upload_file(path_or_fileobj=path, repo_id="tester/imagenette", repo_type="dataset",
-                        path_in_repo=f"{config}/{split}-00000-of-00001.parquet")
+        api.upload_file(path_or_fileobj=path, path_in_repo=f"{config}/{split}/0000.parquet",
+                        revision="refs/convert/parquet", **where)
 print("null")
 """
     shards = sorted(dataset.glob("data/train-*.parquet"))[:2]
