@@ -27,13 +27,19 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
 # A row group is what is held in memory and what is lost when a build is killed; a shard is one file.
 GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
 SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 300 MB as PNG
+
+
+# Arrow's own allocator keeps what is freed, and memory would creep up from shard to shard. Read when it is imported.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
 class UserError(Exception):
@@ -234,7 +240,8 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
             raise UserError(f"no row for the train split: {len(rows)} usable images{reasons}; give more images")
         rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
         write_lines(output_dir / "skipped.jsonl", skipped)
-        write_lines(path, [{"settings": settings}, *map(asdict, rows)])
+        write_lines(path, chain([{"settings": settings}], map(asdict, rows)))
+        del rows, skipped  # the plan is what grows with the number of images: do not hold it twice
     with open(path) as file:
         found = json.loads(file.readline())["settings"]
         for name in [*settings, *found]:
@@ -348,7 +355,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
+def write_lines(path: Path, records: Iterable[dict]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)
