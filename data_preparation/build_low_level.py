@@ -293,13 +293,13 @@ def plan_synthetic(photos, skipped: list[dict], args) -> list[Row]:
             if len(usable) == args.synthesize:
                 break
     rows = []
-    for split in records.SPLITS:  # turn by turn within a split, so that each has all tasks
+    for split in records.SPLITS:
         of_split = [row for row in usable if row.split == split]
-        count = round(args.synthesize * len(of_split) / len(usable))
-        for i in range(count):
+        for i in range(round(args.synthesize * len(of_split) / len(usable))):
             turn, place = divmod(i, len(of_split))
-            task = args.tasks[(place + turn) % len(args.tasks)]
-            rows.append(replace(of_split[place], task=task, repeat=turn))
+            # Tasks go round; where the photos' number would give a photo the same task again, a turn shifts them.
+            shift = 0 if len(of_split) % len(args.tasks) else turn
+            rows.append(replace(of_split[place], task=args.tasks[(i + shift) % len(args.tasks)], repeat=turn))
     return rows
 
 

@@ -35,7 +35,7 @@ def main(args) -> None:
         )
 
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     api = HfApi()
     try:
@@ -54,13 +54,11 @@ def main(args) -> None:
         )
     except HFValidationError as error:
         raise UserError(f"REPO_ID: {args.repo_id}: {first_line(error)}; give USER/NAME") from None
-    except LocalTokenNotFoundError:
-        raise UserError("HF_TOKEN: no token; run `hf auth login` or set HF_TOKEN") from None
-    except HfHubHTTPError as error:
-        code = error.response.status_code if error.response is not None else None
-        if code in (401, 403):
+    except Exception as error:  # besides its own errors the client raises those of whichever HTTP library it uses
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        if code in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             raise UserError(
-                f"REPO_ID: {args.repo_id}: not allowed ({code}); log in with a token that may write"
+                f"REPO_ID: {args.repo_id}: not allowed ({first_line(error)}); log in with a token that may write"
             ) from None
         raise UserError(f"REPO_ID: {args.repo_id}: {first_line(error)}; run the command again") from None
     size = sum(path.stat().st_size for path in shards) / 1e6

@@ -27,13 +27,19 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test")
 # A row group is what is held in memory and what is lost when a build is killed; a shard is one file.
 GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
 SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 300 MB as PNG
+
+
+# Arrow's own allocator keeps what is freed, and memory would creep up from shard to shard. Read when it is imported.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
 class UserError(Exception):
@@ -78,6 +84,9 @@ def add_dataset_flags(add) -> None:
 def check_dataset_flags(parser: Parser, args) -> None:
     if args.rows_per_shard < 1:
         parser.error(f"--rows_per_shard: {args.rows_per_shard} is too small; give 1 or more")
+    for name in ("photos", "reds", "rain13k", "sidd", "lol", "raindrop"):
+        if (folder := getattr(args, name, None)) and args.output_dir.resolve().is_relative_to(folder.resolve()):
+            parser.error(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
     fractions = args.validation_fraction, args.test_fraction
     if min(fractions) < 0 or sum(fractions) >= 1:
         parser.error(
@@ -223,13 +232,16 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
     while not path.exists() and rank != 0:
         time.sleep(0.2)
     if not path.exists():
+        if any((output_dir / name).exists() for name in ("README.md", "preview.png")) or any(output_dir.glob("data/*")):
+            raise UserError(f"--output_dir: {output_dir} holds something else; choose a new folder")
         rows, skipped = make_plan()
         if not any(row.split == "train" for row in rows):
             reasons = f" ({skipped[0]['source']}: {skipped[0]['reason']}, ...)" if skipped else ""
             raise UserError(f"no row for the train split: {len(rows)} usable images{reasons}; give more images")
         rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
         write_lines(output_dir / "skipped.jsonl", skipped)
-        write_lines(path, [{"settings": settings}, *map(asdict, rows)])
+        write_lines(path, chain([{"settings": settings}], map(asdict, rows)))
+        del rows, skipped  # the plan is what grows with the number of images: do not hold it twice
     with open(path) as file:
         found = json.loads(file.readline())["settings"]
         for name in [*settings, *found]:
@@ -343,7 +355,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_lines(path: Path, records: list[dict]) -> None:
+def write_lines(path: Path, records: Iterable[dict]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
         file.writelines(json.dumps(record) + "\n" for record in records)

@@ -1,5 +1,6 @@
 """Where images come from: folders of photos, datasets with an image column, downloaded restoration sets."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -46,7 +47,8 @@ def decode_image(data: bytes):
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(f"{image.width}x{image.height} is more than {MAX_PIXELS // 1_000_000} million pixels")
         image.load()
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):  # a broken EXIF block says nothing against the picture
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it to white
             values = np.asarray(image).astype(np.float64)
             image = Image.fromarray((np.clip(values, 0, 65535) / 257).round().astype(np.uint8))
@@ -181,13 +183,13 @@ def download_parquet(name: str, config: str | None, revision: str | None) -> tup
     except UserError:
         raise
     except Exception as error:
+        patterns = [f"{config}/*.parquet", f"*/{config}/*.parquet"] if config else ["*.parquet"]
+        where = {"repo_type": "dataset", "allow_patterns": patterns, "local_files_only": True}
         for revision in revisions:
-            try:
-                root = Path(snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True))
+            with contextlib.suppress(Exception):
+                root = Path(snapshot_download(name, revision=revision, **where))
                 files = [path.relative_to(root).as_posix() for path in root.rglob("*.parquet")]
                 return root, choose_files(files, config, name)
-            except Exception:
-                continue
         raise UserError(f"--dataset: {name}: {first_line(error)}; give a folder or a dataset on the Hub") from None
 
 

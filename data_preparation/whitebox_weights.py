@@ -143,7 +143,7 @@ def read_saved_model(folder: Path) -> dict:
         layer = layer_of(graph_names.get(key, key))
         if layer is None or dtype != 1:  # 1 is DT_FLOAT
             continue
-        values = np.frombuffer(data, "<f4")
+        values = np.frombuffer(data, "<f4").copy()
         if values.size != np.prod(shape):
             raise ValueError(f"{key} has {values.size} values for shape {tuple(shape)}")
         # (height, width, in, out) -> (out, in, height, width)
