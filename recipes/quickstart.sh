@@ -1,31 +1,45 @@
 #!/usr/bin/env bash
-# The whole way in a few minutes, without a GPU, an account or a download: build a small cartoonization dataset from the
-# photographs in assets/, fine-tune the tiny InstructPix2Pix in assets/ on it, edit held-out photographs, measure.
+# The whole way in a few minutes, without a GPU, an account or a download: build a small dataset from the photographs in
+# assets/, fine-tune the tiny InstructPix2Pix in assets/ on it, edit held-out photographs, measure.
 #
-#     make quickstart
-#     MAX_TRAIN_STEPS=200 OUTPUT_DIR=/tmp/try bash recipes/quickstart.sh
+#     make quickstart                                      # cartoonization
+#     TASK=low_level bash recipes/quickstart.sh            # deblur, derain, denoise, enhance, one model for all
+#     MAX_TRAIN_STEPS=200 OUTPUT_DIR=/tmp/try bash recipes/quickstart.sh --learning_rate=1e-4
 #
-# Run again, it goes on where it stopped. A GPU is used where there is one.
+# Run again, it goes on where it stopped. Further flags go to the fine-tuning. A GPU is used where there is one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart}
+TASK=${TASK:-cartoonization}
 MODEL_ID=${MODEL_ID:-assets/tiny-instruct-pix2pix}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-900}
+case $TASK in
+  cartoonization)
+    OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart}
+    BUILD="data_preparation/build_cartoonization.py --cartoonizer opencv"
+    ;;
+  low_level)
+    OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart-low-level}
+    BUILD="data_preparation/build_low_level.py --synthesize 1600 --tasks deblur derain denoise enhance"
+    ;;
+  *)
+    echo "quickstart.sh: error: TASK: $TASK is unknown; use cartoonization or low_level" >&2
+    exit 2
+    ;;
+esac
+# accelerate gives a process one CPU thread unless told otherwise. Threads that wait for each other sleep instead of
+# spinning: on a machine that does other things too, that is several times faster.
 THREADS=$(python -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
-# Threads that wait for each other sleep instead of spinning: on a machine that does other things too, that is several
-# times faster.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 echo "1/3  Building the dataset"
-python data_preparation/build_cartoonization.py \
+# shellcheck disable=SC2086 # BUILD is a script and its flags
+python $BUILD --all_instructions \
   --photos assets/photos --photos_license "public domain and CC0; see assets/photos/CREDITS.csv" \
-  --cartoonizer opencv --max_short_side 128 --all_instructions \
-  --output_dir "$OUTPUT_DIR/dataset"
+  --max_short_side 128 --output_dir "$OUTPUT_DIR/dataset"
 
 echo "2/3  Fine-tuning ($MAX_TRAIN_STEPS updates)"
-# accelerate gives a process one CPU thread unless told otherwise. 64-pixel crops train well and fast; the edits that
-# follow are of whole 128-pixel pictures.
+# 64-pixel crops train well and fast; the edits that follow are of whole 128-pixel pictures.
 accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
   --num_cpu_threads_per_process="$THREADS" \
   finetune_instruct_pix2pix.py \
@@ -37,7 +51,8 @@ accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dyna
   --use_ema --ema_decay=0.99 \
   --checkpointing_steps=300 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
   --seed=42 --report_to=none \
-  --output_dir="$OUTPUT_DIR/pipeline"
+  --output_dir="$OUTPUT_DIR/pipeline" \
+  "$@"
 
 echo "3/3  Editing held-out photographs"
 python evaluation/evaluate.py --model "$OUTPUT_DIR/pipeline" --dataset "$OUTPUT_DIR/dataset" \
