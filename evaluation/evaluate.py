@@ -42,6 +42,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--model", required=True, help="Folder or Hub id of an InstructPix2Pix pipeline.")
     data.add_argument("--dataset", required=True, help="Folder or Hub id of a dataset of triples.")
     data.add_argument("--split", default="test", help="Split to edit.")
+    data.add_argument(
+        "--wordings_from",
+        metavar="SPLIT",
+        help="Take each task's instructions from this split. The builders keep wordings for the test split that"
+        " training never saw; with train, the same images are edited by the wordings it did see.",
+    )
     data.add_argument("--max_samples", type=int, help="Edit only the first so many rows.")
     data.add_argument("--output_dir", default="outputs/evaluation", help="Where metrics.json and comparison.png go.")
     edit = parser.add_argument_group("editing")
@@ -68,10 +74,14 @@ def load_triples(args) -> list[dict]:
     import numpy as np
 
     datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(args.dataset, split=args.split)
-    except Exception as error:  # datasets raises a dozen kinds for what is wrong with a source
-        fail(f"--dataset: {args.dataset} cannot be loaded: {' '.join(str(error).split())[:200]}")
+
+    def load(split):
+        try:
+            return datasets.load_dataset(args.dataset, split=split)
+        except Exception as error:  # datasets raises a dozen kinds for what is wrong with a source
+            fail(f"--dataset: {args.dataset} cannot be loaded: {' '.join(str(error).split())[:200]}")
+
+    rows = load(args.split)
     columns = next((names for names in LAYOUTS if set(names) <= set(rows.column_names)), None)
     if columns is None:
         fail(
@@ -82,6 +92,19 @@ def load_triples(args) -> list[dict]:
         fail(f"--split: {args.split} of {args.dataset} is empty")
     if args.max_samples:
         rows = rows.select(range(min(args.max_samples, len(rows))))
+    source, text, target = columns
+
+    def task_of(row) -> str:
+        return row.get("task") or "all"
+
+    def wordings_of(row) -> list[str]:
+        return row[text] if isinstance(row[text], list) else [row[text]]
+
+    wordings = {}
+    if args.wordings_from:
+        others = load(args.wordings_from)
+        for row in others.select_columns([name for name in (text, "task") if name in others.column_names]):
+            wordings.setdefault(task_of(row), {}).update(dict.fromkeys(wordings_of(row)))
 
     def square(image) -> np.ndarray:
         image = image.convert("RGB")
@@ -93,14 +116,14 @@ def load_triples(args) -> list[dict]:
         return np.asarray(image.crop((left, top, left + args.resolution, top + args.resolution)))
 
     triples = []
-    for row in rows:
-        instruction = row[columns[1]]
+    for index, row in enumerate(rows):
+        choice = list(wordings[task_of(row)]) if wordings else wordings_of(row)
         triples.append(
             {
-                "input": square(row[columns[0]]),
-                "target": square(row[columns[2]]),
-                "instruction": instruction if isinstance(instruction, str) else instruction[0],
-                "task": row.get("task") or "all",
+                "input": square(row[source]),
+                "target": square(row[target]),
+                "instruction": choice[index % len(choice)],
+                "task": task_of(row),
             }
         )
     return triples
@@ -199,9 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
-        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
-            args.model, dtype=dtype, safety_checker=None
-        )
+        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.model, dtype=dtype, safety_checker=None)
     except (OSError, ValueError) as error:
         fail(f"--model: {args.model} cannot be loaded: {' '.join(str(error).split())[:200]}")
     pipeline.to(device)
@@ -217,7 +238,15 @@ def main(argv: list[str] | None = None) -> None:
         metrics |= {key: trained[key] for key in ("steps", "train_seconds", "images_per_update") if key in trained}
     metrics["settings"] = {
         key: getattr(args, key)
-        for key in ("split", "resolution", "num_inference_steps", "image_guidance_scale", "guidance_scale", "seed")
+        for key in (
+            "split",
+            "wordings_from",
+            "resolution",
+            "num_inference_steps",
+            "image_guidance_scale",
+            "guidance_scale",
+            "seed",
+        )
     }
 
     output_dir = Path(args.output_dir)

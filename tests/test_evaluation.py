@@ -47,8 +47,19 @@ def dataset(tmp_path, photos):
         "task": datasets.Value("string"),
     }
     folder = tmp_path / "dataset"
-    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(folder / "test.parquet")
+    test = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    test.to_parquet(folder / "test.parquet")
+    train = test.map(lambda row: {"instruction": [f"seen wording, {row['task']}"]})
+    train.to_parquet(folder / "train.parquet")
     return folder
+
+
+def test_wordings_are_the_splits_own_in_turn_or_another_splits(dataset):
+    args = evaluate.parse_args(["--model=m", f"--dataset={dataset}", "--resolution=64"])
+    assert [t["instruction"] for t in evaluate.load_triples(args)] == ["darken it", "make it darker", "darken it"]
+    args.wordings_from = "train"
+    seen = [triple["instruction"] for triple in evaluate.load_triples(args)]
+    assert seen == ["seen wording, dark", "seen wording, dark", "seen wording, other"]
 
 
 def test_an_evaluation_measures_the_model_beside_its_bounds(dataset, base_models, tmp_path, capsys, photos):
