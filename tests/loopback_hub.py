@@ -119,14 +119,15 @@ class LoopbackHub:
         environment = {name: value for name, value in os.environ.items() if name not in _FOREIGN_SETTINGS}
         environment.update(
             HF_ENDPOINT=self.url,
+            HF_HUB_OFFLINE="0",
             HF_HUB_DISABLE_XET="1",
             HF_HUB_DISABLE_TELEMETRY="1",
             HF_HUB_DISABLE_PROGRESS_BARS="1",
             HF_HOME=str(self.folder / "hf_home"),
             HF_TOKEN=TOKEN,
             NO_PROXY="127.0.0.1",
-            **extra,
         )
+        environment.update(extra)
         return environment
 
     def fail(self, stage: str, status: int = 403) -> None:
