@@ -214,7 +214,7 @@ def main(args) -> None:
             tags=["image-editing", "instruction-tuning", "cartoonization"],
             about="Photos and their cartoons, with an instruction, to teach an editing model to cartoonize. "
             f"Source of the photos: `{args.photos or args.dataset}`. "
-            "No photo is in two splits; the test split has instructions that the others do not have.",
+            "No photo is in two splits." + records.about_wordings([instructions]),
             columns={
                 "original_image": "the photo as the cartoonizer saw it: scaled and cropped",
                 "edit_prompt": "the instruction" + (", every wording" if args.all_instructions else ""),

@@ -192,7 +192,8 @@ def main(args) -> None:
             licence="other",
             tags=["image-editing", "instruction-tuning", "image-restoration", *(task for task in tasks)],
             about="Degraded images, the images without the flaw, and instructions that ask for the repair. "
-            "No picture is in two splits; the test split has instructions that the others do not have."
+            "No picture is in two splits."
+            + records.about_wordings(instructions.values())
             + (f" Images larger than {args.tile} pixels are cut into tiles." if args.tile else "")
             + (" The degradations are described in `degradations.py` of the project." if photos else ""),
             columns={

@@ -160,6 +160,12 @@ def draw_instruction(
     return wordings if everything else wordings[int(unit_hash("instruction", *key) * len(wordings))]
 
 
+def about_wordings(lists: Iterable[tuple[list[str], list[str]]]) -> str:
+    """A sentence for the dataset card, if any list holds wordings out."""
+    held_out = any(training != testing for training, testing in lists)
+    return " The test split has wordings of the instructions that the other splits do not have." if held_out else ""
+
+
 @dataclass(slots=True)
 class Row:
     """One row of the dataset, as planned."""

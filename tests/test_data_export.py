@@ -57,6 +57,7 @@ def test_pushed_folder_is_loaded_from_the_hub(tmp_path, dataset):
         assert len(hub.pushes("tester/cartoons", "dataset")) <= pushes + 2
 
 
+@pytest.mark.slow
 def test_photos_from_a_dataset_on_the_hub(tmp_path, dataset):
     """As Imagenette is kept: a script, and the Hub's conversion of it beside; once more without the Hub."""
     code = """
