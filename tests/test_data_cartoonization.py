@@ -177,7 +177,7 @@ def test_two_processes_make_the_same_bytes_as_one(tmp_path, many_photos, whole):
         subprocess.Popen(
             many_command(tmp_path, many_photos),
             cwd=tmp_path,
-            env=environment({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}),
+            env=environment(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -345,7 +345,7 @@ def test_a_dataset_as_the_source(tmp_path, whole):
         (["--photos", "nowhere", "--instructions", "empty.txt"], ["empty.txt: no instruction"]),
         (["--photos", "nowhere", "--instructions", "gone.txt"], ["gone.txt: cannot be read"]),
         (["--photos", "nowhere", "--cartoonizer", "none"], ["--cartoonizer", "whitebox"]),
-        (["--photos", "bad"], ["no row for the train split", "bad.png"]),
+        (["--photos", "bad"], ["no image can be used", "bad.png"]),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, words):
@@ -361,7 +361,7 @@ def test_stopping_by_hand_is_one_line(tmp_path, many_photos):
     process = subprocess.Popen(
         many_command(tmp_path, many_photos), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "dataset/parts").exists():
+    while not (tmp_path / "dataset/data").exists():
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
