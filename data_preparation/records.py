@@ -37,7 +37,6 @@ SPLITS = ("train", "validation", "test")
 GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
 SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 300 MB as PNG
 
-
 # Arrow's own allocator keeps what is freed, and memory would creep up from shard to shard. Read when it is imported.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
@@ -241,9 +240,9 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
         if any((output_dir / name).exists() for name in ("README.md", "preview.png")) or any(output_dir.glob("data/*")):
             raise UserError(f"--output_dir: {output_dir} holds something else; choose a new folder")
         rows, skipped = make_plan()
-        if not any(row.split == "train" for row in rows):
-            reasons = f" ({skipped[0]['source']}: {skipped[0]['reason']}, ...)" if skipped else ""
-            raise UserError(f"no row for the train split: {len(rows)} usable images{reasons}; give more images")
+        if not rows:
+            reason = f"{skipped[0]['source']}: {skipped[0]['reason']}" if skipped else "none was found"
+            raise UserError(f"no image can be used ({reason}); give others")
         rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
         write_lines(output_dir / "skipped.jsonl", skipped)
         write_lines(path, chain([{"settings": settings}], map(asdict, rows)))
@@ -288,7 +287,7 @@ def name_shards(rows: list[Row], rows_per_shard: int) -> dict[str, list[Row]]:
 
 
 def is_complete(path: Path, count: int) -> bool:
-    """Whether the shard is there. A renamed file is whole; a damaged one is made again."""
+    """Whether a file is there with all its rows. A renamed file is whole; a damaged one is made again."""
     import pyarrow.parquet as pq
 
     try:

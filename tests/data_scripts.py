@@ -24,10 +24,12 @@ def command(script: str, *arguments) -> list[str]:
 
 
 def run(script: str, *arguments, fails: int = 0, env: dict | None = None, cwd: Path | None = None) -> str:
-    """Run a script; returns stdout, or where it `fails` with that exit code its one line on stderr."""
-    done = subprocess.run(
-        command(script, *arguments), capture_output=True, text=True, env=environment(env), cwd=cwd, timeout=600
-    )
+    """Run a script; returns stdout, or where it `fails` with that exit code its one line on stderr.
+
+    env: the whole environment, such as a loopback Hub's; left out, this process's own.
+    """
+    env = {**(os.environ if env is None else env), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(script, *arguments), capture_output=True, text=True, env=env, cwd=cwd, timeout=600)
     assert done.returncode == fails, done.stderr
     if not fails:
         return done.stdout
@@ -37,8 +39,8 @@ def run(script: str, *arguments, fails: int = 0, env: dict | None = None, cwd: P
     return message
 
 
-def environment(extra: dict | None = None) -> dict:
-    return {**os.environ, "OMP_NUM_THREADS": "1", **(extra or {})}
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **extra}
 
 
 def make_photos(folder: Path, count: int, side: int = 64) -> Path:

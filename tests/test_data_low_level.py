@@ -330,7 +330,7 @@ def test_synthesis(tmp_path):
     processes = [
         subprocess.Popen(
             command(SCRIPT, *arguments, "--output_dir", tmp_path / "two"),
-            env=environment({"RANK": str(rank), "WORLD_SIZE": "2"}),
+            env=environment(RANK=str(rank), WORLD_SIZE="2"),
             stderr=subprocess.DEVNULL,
         )
         for rank in range(2)
