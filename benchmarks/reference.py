@@ -6,6 +6,7 @@ compute the same numbers, the random draws are handed in.
 """
 
 import importlib.util
+import json
 import sys
 import time
 import types
@@ -101,3 +102,8 @@ def final_weights(output_dir: Path, step: int) -> tuple[dict, dict]:
     folder = Path(output_dir) / f"checkpoint-{step}"
     name = "diffusion_pytorch_model.safetensors"
     return load_file(folder / "unet" / name), load_file(folder / "unet_ema" / name)
+
+
+if __name__ == "__main__":
+    # python -m benchmarks.reference PATH FLAG... runs the reference and prints the clock of every update.
+    print(json.dumps([update["clock"] for update in run(load(sys.argv[1]), sys.argv[2:])]))
