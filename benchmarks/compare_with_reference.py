@@ -15,8 +15,6 @@ example needs torchvision. Prints a table, then one JSON line.
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import shutil
 import statistics
@@ -116,10 +114,9 @@ def time_ours(args, flags: list[str], output_dir: Path) -> float:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    import diffusers
-    import torch
     from tqdm.auto import tqdm
 
+    from benchmarks import machine
     from benchmarks.models import model_folder, pairs_folder
 
     folder = Path(args.folder)
@@ -140,11 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         "size": args.size,
         "resolution": args.resolution,
         "mixed_precision": args.mixed_precision,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}",
-        "threads": os.environ.get("OMP_NUM_THREADS", "as many as accelerate sets"),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
+        **machine.describe(),
         "comparisons": {},
     }
     print(f"\n{'seconds per update':22s}{'reference':>12s}{'ours':>12s}{'ratio':>8s}")

@@ -217,10 +217,9 @@ def compare(name: str, ours, theirs) -> dict:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    import accelerate
     import datasets
-    import torch
 
+    from benchmarks import machine
     from benchmarks.models import pairs_folder
     from tools.build_tiny_base import build_tiny_pipeline
 
@@ -232,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         data = pairs_folder(folder, rows=24, size=(96, 72))
         *ours, batches, conv_in_bias = run_ours(common_flags(args, model, data, folder / "ours"))
         print(f"largest differences over {args.updates} updates (losses from {min(ours[0]):.3f} to {max(ours[0]):.3f})")
-        result = {"updates": args.updates, "torch": torch.__version__, "accelerate": accelerate.__version__}
+        result = {"updates": args.updates, **machine.describe()}
         result["plain"] = compare("the update written plainly", ours, run_plainly(args, model, batches))
         if args.reference is not None:
             theirs = run_reference(args, model, folder, batches, conv_in_bias)

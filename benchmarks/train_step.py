@@ -11,7 +11,6 @@ this device. Prints a table, then one JSON line.
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -170,6 +169,7 @@ def main(argv: list[str] | None = None) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
+    from benchmarks import machine
     from benchmarks.models import model_folder, pairs_folder
     from instruct_pix2pix import components, options, preparation, trainer
 
@@ -247,8 +247,7 @@ def main(argv: list[str] | None = None) -> dict:
         "mixed_precision": args.mixed_precision,
         "cached": training.cache is not None,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **machine.describe(),
         "parameters": parameters,
         "ms_per_update": round(total, 2),
         "images_per_second": round(1000 * plan.effective_batch / total, 2),
