@@ -311,20 +311,8 @@ class TripleDataset(torch.utils.data.Dataset):
         args, triples = self.args, self.triples
         epoch, index = self.order.locate(position)
         row_index = int(triples.indices[index])
-        row = triples.rows[row_index]
         try:
-            wordings = instructions_of(row, triples, row_index)
-            images = {}
-            for column in (triples.original_image, triples.edited_image):
-                try:
-                    images[column] = to_rgb(open_image(row[column]))
-                except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                    raise _row_error(triples, row_index, column, f"cannot be decoded ({error})") from error
-            edited = images[triples.edited_image]
-            try:
-                original = align_original(images[triples.original_image], edited.size)
-            except ValueError as error:
-                raise _row_error(triples, row_index, triples.edited_image, str(error)) from error
+            wordings, original, edited = open_pair(triples, row_index)
         except RowError as error:
             return error
         original, edited = crop_pair(
@@ -337,16 +325,43 @@ class TripleDataset(torch.utils.data.Dataset):
             stream(args.seed, "augmentation", epoch, row_index),
         )
         wording = stream(args.seed, "instruction", epoch, row_index).integers(len(wordings))
-        diffusion = stream(args.seed, "diffusion", position)
         return {
             "original": torch.from_numpy(np.ascontiguousarray(original.transpose(2, 0, 1))),
             "edited": torch.from_numpy(np.ascontiguousarray(edited.transpose(2, 0, 1))),
             "instruction": wordings[wording],
-            "timestep": int(diffusion.integers(self.num_timesteps)),
-            "noise": torch.from_numpy(diffusion.standard_normal(self.latent_shape, dtype=np.float32)),
-            "posterior_noise": torch.from_numpy(diffusion.standard_normal(self.latent_shape, dtype=np.float32)),
-            "dropout": float(stream(args.seed, "dropout", position).random()),
+            **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),
         }
+
+
+def open_pair(triples: Triples, row_index: int) -> tuple[list[str], Image.Image, Image.Image]:
+    """Wordings, original and edited image of a row: RGB, the original brought to the edited image's size.
+
+    Raises RowError for a row that cannot be used.
+    """
+    row = triples.rows[row_index]
+    wordings = instructions_of(row, triples, row_index)
+    images = {}
+    for column in (triples.original_image, triples.edited_image):
+        try:
+            images[column] = to_rgb(open_image(row[column]))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise _row_error(triples, row_index, column, f"cannot be decoded ({error})") from error
+    edited = images[triples.edited_image]
+    try:
+        return wordings, align_original(images[triples.original_image], edited.size), edited
+    except ValueError as error:
+        raise _row_error(triples, row_index, triples.edited_image, str(error)) from error
+
+
+def diffusion_draws(seed: int, position: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> dict:
+    """The random numbers of a position of the stream that are not about the picture: see TripleDataset."""
+    rng = stream(seed, "diffusion", position)
+    return {
+        "timestep": int(rng.integers(num_timesteps)),
+        "noise": torch.from_numpy(rng.standard_normal(latent_shape, dtype=np.float32)),
+        "posterior_noise": torch.from_numpy(rng.standard_normal(latent_shape, dtype=np.float32)),
+        "dropout": float(stream(seed, "dropout", position).random()),
+    }
 
 
 def collate(samples: list[dict | RowError]) -> dict | RowError:
@@ -354,13 +369,12 @@ def collate(samples: list[dict | RowError]) -> dict | RowError:
     for sample in samples:
         if isinstance(sample, RowError):
             return sample
-    batch = {
-        key: torch.stack([sample[key] for sample in samples])
-        for key in ("original", "edited", "noise", "posterior_noise")
-    }
+    tensors = [key for key, value in samples[0].items() if torch.is_tensor(value)]
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in tensors}
     batch["timesteps"] = torch.tensor([sample["timestep"] for sample in samples])
     batch["dropout"] = torch.tensor([sample["dropout"] for sample in samples])
-    batch["instructions"] = [sample["instruction"] for sample in samples]
+    if "instruction" in samples[0]:
+        batch["instructions"] = [sample["instruction"] for sample in samples]
     return batch
 
 

@@ -52,7 +52,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--non_ema_revision", help="Revision to take the UNet from; --revision when left out.")
     add(
         "--cache_dir",
-        help="Where downloaded models and datasets are kept; the Hub's own cache when left out.",
+        help="Where downloaded models and datasets are kept (the Hub's own cache when left out) and the latent cache"
+        " (--output_dir when left out).",
     )
 
     data = parser.add_argument_group("dataset")
@@ -89,6 +90,21 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--center_crop", action="store_true", help="Crop the middle instead of a random place.")
     add("--random_flip", action="store_true", help="Mirror a pair, both images together, half of the time.")
+
+    cache = parser.add_argument_group("latent cache")
+    add = cache.add_argument
+    add(
+        "--cache_latents",
+        action=argparse.BooleanOptionalAction,
+        help="Encode every image and instruction once, keep the result on disk, and train from it. When left out: on"
+        " with --cached_crops, and where the crop is fixed (--center_crop or squash) and encoding once is less work.",
+    )
+    add(
+        "--cached_crops",
+        type=int,
+        help="Random crops of each pair to cache, those of the first so many epochs, used in turn; needed where the"
+        " crop is random.",
+    )
 
     optim = parser.add_argument_group("training")
     add = optim.add_argument
@@ -203,6 +219,7 @@ def check(args: argparse.Namespace) -> None:
         "num_validation_images",
         "validation_epochs",
         "validation_steps",
+        "cached_crops",
     ]
     for name in at_least_one:
         value = getattr(args, name)
@@ -220,6 +237,13 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name}: {value} is out of range; give a number from 0 to below 1")
+    if args.cached_crops is not None and args.cached_crops > 1 and crop_is_fixed(args):
+        raise UserError(f"--cached_crops: {args.cached_crops} of a crop that is always the same; leave the flag out")
+    if args.cache_latents and args.cached_crops is None and not crop_is_fixed(args):
+        raise UserError(
+            "--cache_latents: the crop is random, so say how many of each pair to keep with --cached_crops (4, say),"
+            " or fix it with --center_crop"
+        )
     # Three exclusive events of equal probability: more than a third each cannot be.
     if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
         raise UserError(
@@ -239,6 +263,11 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--val_image_url: {args.val_image_url} is not a file; give a URL or the path of an image")
     if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
         raise UserError(f"--train_data_dir: {args.train_data_dir} is not a folder")
+
+
+def crop_is_fixed(args: argparse.Namespace) -> bool:
+    """Whether every epoch sees the same part of a picture."""
+    return args.center_crop or args.image_geometry == "squash"
 
 
 def is_url(text: str) -> bool:

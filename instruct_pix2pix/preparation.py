@@ -19,7 +19,7 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from instruct_pix2pix import checkpoint as checkpoints
-from instruct_pix2pix import components, hub
+from instruct_pix2pix import components, hub, latent_cache
 from instruct_pix2pix.dataset import TripleDataset, Triples, collate, load_triples
 from instruct_pix2pix.ema import EMA
 from instruct_pix2pix.errors import UserError
@@ -67,6 +67,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     learning_rate: object  # update number -> learning rate
     ema: EMA | None
+    cache: latent_cache.LatentCache | None  # with --cache_latents; the frozen models then rest on the CPU
     batches: object  # iterator over micro-batches of this process
 
 
@@ -121,6 +122,7 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     if args.scale_lr:
         args.learning_rate *= effective_batch
         args.scale_lr = False  # written down as resolved: a resumed run must not multiply twice
+    latent_cache.settle(args, len(triples), samples=args.max_train_steps * effective_batch)
     plan = Plan(
         configs=configs,
         prediction_type=components.prediction_type(configs),
@@ -202,6 +204,13 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
     tokenizer, text_encoder, vae = components.load_frozen(args)
     vae.to(accelerator.device, frozen_dtype)
     text_encoder.to(accelerator.device, frozen_dtype)
+    null_ids = components.tokenize(tokenizer, [""]).to(accelerator.device)
+    null_embedding = components.encode_text(text_encoder, null_ids)
+    cache = None
+    if args.cache_latents:
+        cache = latent_cache.open_cache(args, accelerator, plan.triples, tokenizer, text_encoder, vae)
+        vae.to("cpu")
+        text_encoder.to("cpu")
 
     unet = components.load_unet(args, plan.checkpoint)
     if args.enable_xformers_memory_efficient_attention:
@@ -220,7 +229,6 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
             accelerator.scaler.load_state_dict(state["loss_scaler"])
 
     alphas_cumprod = DDPMScheduler.from_config(plan.configs["scheduler"]).alphas_cumprod.to(accelerator.device)
-    null_ids = components.tokenize(tokenizer, [""]).to(accelerator.device)
     latent_shape = (vae.config.latent_channels, plan.latent_side, plan.latent_side)
     return Training(
         unet=unet,
@@ -228,12 +236,13 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        null_embedding=components.encode_text(text_encoder, null_ids),
+        null_embedding=null_embedding,
         alphas_cumprod=alphas_cumprod,
         optimizer=optimizer,
         learning_rate=learning_rate,
         ema=ema,
-        batches=_batches(args, accelerator, plan, latent_shape, num_timesteps=len(alphas_cumprod)),
+        cache=cache,
+        batches=_batches(args, accelerator, plan, cache, latent_shape, num_timesteps=len(alphas_cumprod)),
     )
 
 
@@ -265,9 +274,12 @@ def _learning_rate_schedule(args, optimizer):
     return lambda step: args.learning_rate * schedule.lr_lambdas[0](step)
 
 
-def _batches(args, accelerator, plan: Plan, latent_shape, num_timesteps: int):
+def _batches(args, accelerator, plan: Plan, cache, latent_shape, num_timesteps: int):
     """This process's micro-batches from the first update still to do to the last."""
-    dataset = TripleDataset(plan.triples, args, latent_shape, num_timesteps)
+    if cache is not None:
+        dataset = latent_cache.CachedTriples(cache, plan.triples, args, latent_shape, num_timesteps)
+    else:
+        dataset = TripleDataset(plan.triples, args, latent_shape, num_timesteps)
     positions = [
         rank_positions(
             plan.first_position,

@@ -119,14 +119,17 @@ def batch_loss(args, accelerator: Accelerator, plan: Plan, training: Training, b
     """The InstructPix2Pix objective on one micro-batch (section 3.2, equation 1), a scalar."""
     device = accelerator.device
     moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
-    ids = components.tokenize(training.tokenizer, batch["instructions"]).to(device)
-    text = components.encode_text(training.text_encoder, ids)  # (B, L, D)
-    image_latents, latents = components.encode_pair(  # (B, C, h, w) each
-        training.vae,
-        to_unit_range(moved["original"]),
-        to_unit_range(moved["edited"]),
-        moved["posterior_noise"],
-    )
+    if training.cache is not None:
+        text, image_latents, latents = training.cache.look_up(batch, device)
+    else:
+        ids = components.tokenize(training.tokenizer, batch["instructions"]).to(device)
+        text = components.encode_text(training.text_encoder, ids)  # (B, L, D)
+        image_latents, latents = components.encode_pair(  # (B, C, h, w) each
+            training.vae,
+            to_unit_range(moved["original"]),
+            to_unit_range(moved["edited"]),
+            moved["posterior_noise"],
+        )
     text, image_latents = drop_conditioning(
         text, image_latents, training.null_embedding, moved["dropout"], args.conditioning_dropout_prob
     )
@@ -186,8 +189,14 @@ def run_validation(args, accelerator: Accelerator, plan: Plan, training: Trainin
 
 
 def _validate(args, accelerator, plan, training, step) -> None:
-    parts = (training.tokenizer, training.text_encoder, training.vae, training.bare_unet)
+    frozen = (training.text_encoder, training.vae)
+    for model in frozen:
+        model.to(accelerator.device)
+    parts = (training.tokenizer, *frozen, training.bare_unet)
     validate(accelerator, args, plan.configs, *parts, plan.validation_image, step)
+    if training.cache is not None:
+        for model in frozen:
+            model.to("cpu")
 
 
 def finish(args, accelerator: Accelerator, plan: Plan, training: Training, summary: dict) -> None:

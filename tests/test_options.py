@@ -21,7 +21,7 @@ FLAGS = """
     dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
     push_to_hub hub_token hub_model_id logging_dir mixed_precision report_to local_rank
     checkpointing_steps checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
-    image_geometry dry_run
+    image_geometry cache_latents cached_crops dry_run
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {

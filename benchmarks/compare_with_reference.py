@@ -1,0 +1,157 @@
+#!/usr/bin/env python
+"""Time updates of diffusers' InstructPix2Pix example (your own copy) and of this project, in turn, on equal terms.
+
+    python -m benchmarks.compare_with_reference --reference path/to/train_instruct_pix2pix.py --size small
+
+Same random weights, same pairs, same number of images per update, learning rate, average and conditioning dropout.
+identical            the same flags on both sides: one micro-batch, no gradient checkpointing, --center_crop
+identical_uncached   the same, and this project's latent cache turned off
+recipe               each side's own way to 8 images an update: there 2 x 4 with gradient checkpointing, as published;
+                     here one micro-batch, a squashed picture like there, mirrored half of the time, from the cache
+
+A time is the mean over updates 11 and later of one run, by the wall clock; each side's is the median of its runs. The
+example needs torchvision. Prints a table, then one JSON line.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+IMAGES = 8  # per update
+COMPARISONS = {  # name: flags of the reference, flags of this project
+    "identical": (["--train_batch_size=8", "--center_crop"],) * 2,
+    "identical_uncached": (
+        ["--train_batch_size=8", "--center_crop"],
+        ["--train_batch_size=8", "--center_crop", "--no-cache_latents"],
+    ),
+    "recipe": (
+        ["--train_batch_size=2", "--gradient_accumulation_steps=4", "--gradient_checkpointing", "--random_flip"],
+        ["--train_batch_size=8", "--image_geometry=squash", "--random_flip", "--cache_latents"],
+    ),
+}
+WARM_UP = 10  # updates before the clock counts; this project's log writes a line for every ten
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(
+        prog="compare_with_reference.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False
+    )
+    parser.error = lambda message: fail(f"{message} (see --help)")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--reference", required=True, help="Your copy of diffusers' train_instruct_pix2pix.py.")
+    what.add_argument("--comparisons", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="Which ones.")
+    what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
+    what.add_argument("--resolution", type=int, help="64 for small, 256 for sd15.")
+    what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="Of both sides.")
+    how = parser.add_argument_group("how it is timed")
+    how.add_argument("--updates", type=int, default=20, help="Updates of a run; the first ten do not count.")
+    how.add_argument("--repeats", type=int, default=3, help="Runs of each side.")
+    how.add_argument("--folder", default="outputs/benchmarks", help="Where the model, pairs and runs are kept.")
+    args = parser.parse_args(argv)
+    if not Path(args.reference).is_file():
+        fail(f"--reference: {args.reference} is not a file")
+    if args.updates < 2 * WARM_UP or args.updates % WARM_UP:
+        fail(f"--updates: {args.updates} is not 20, 30, ...; the first ten warm up and the rest is timed in tens")
+    if args.repeats < 1:
+        fail(f"--repeats: {args.repeats} is too small; give 1 or more")
+    args.resolution = args.resolution or {"small": 64, "sd15": 256}[args.size]
+    return args
+
+
+def fail(message: str):
+    print(f"compare_with_reference.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={model}",
+        f"--dataset_name={data}",
+        "--original_image_column=original_image",
+        "--edit_prompt_column=edit_prompt",
+        "--edited_image_column=edited_image",
+        f"--output_dir={output_dir}",
+        f"--resolution={args.resolution}",
+        f"--max_train_steps={args.updates}",
+        f"--mixed_precision={args.mixed_precision}",
+        "--use_ema",
+        "--conditioning_dropout_prob=0.05",
+        "--learning_rate=5e-5",
+        "--lr_warmup_steps=0",
+        "--seed=0",
+    ]
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        fail(f"{shlex.join(command[:4])} ... ended with {done.returncode}: {done.stderr.strip()[-800:]}")
+    return done.stdout
+
+
+def time_reference(args, flags: list[str]) -> float:
+    """Seconds per update of one run of the reference."""
+    clocks = json.loads(run([sys.executable, "-m", "benchmarks.reference", args.reference, *flags]).splitlines()[-1])
+    return (clocks[args.updates - 1] - clocks[WARM_UP - 1]) / (args.updates - WARM_UP)
+
+
+def time_ours(args, flags: list[str], output_dir: Path) -> float:
+    """Seconds per update of one run of this project, from its own log."""
+    run([sys.executable, "train_instruct_pix2pix.py", *flags, "--report_to=none"])
+    lines = (output_dir / "training_log.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["images_per_second"] for line in lines[WARM_UP:]]
+    return statistics.mean(IMAGES / rate for rate in rates)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    from tqdm.auto import tqdm
+
+    from benchmarks import machine
+    from benchmarks.models import model_folder, pairs_folder
+
+    folder = Path(args.folder)
+    model, data = model_folder(args.size, folder), pairs_folder(folder)
+    seconds = {name: {"reference": [], "ours": []} for name in args.comparisons}
+    with tqdm(total=2 * args.repeats * len(seconds), unit="run") as progress:
+        for _ in range(args.repeats):
+            for name, times in seconds.items():
+                for side, flags in zip(("reference", "ours"), COMPARISONS[name], strict=True):
+                    output_dir = folder / f"compare-{side}"
+                    shutil.rmtree(output_dir, ignore_errors=True)
+                    flags = [*common_flags(args, model, data, output_dir), *flags]
+                    timed = time_reference(args, flags) if side == "reference" else time_ours(args, flags, output_dir)
+                    times[side].append(round(timed, 4))
+                    progress.update(1)
+    result = {
+        "command": f"python -m benchmarks.compare_with_reference {shlex.join(argv)}",
+        "size": args.size,
+        "resolution": args.resolution,
+        "mixed_precision": args.mixed_precision,
+        **machine.describe(),
+        "comparisons": {},
+    }
+    print(f"\n{'seconds per update':22s}{'reference':>12s}{'ours':>12s}{'ratio':>8s}")
+    for name, times in seconds.items():
+        theirs, ours = statistics.median(times["reference"]), statistics.median(times["ours"])
+        print(f"{name:22s}{theirs:12.3f}{ours:12.3f}{theirs / ours:8.2f}")
+        result["comparisons"][name] = {
+            "reference_seconds": theirs,
+            "our_seconds": ours,
+            "ratio": round(theirs / ours, 2),
+            "all_runs": times,
+        }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

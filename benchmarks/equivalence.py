@@ -1,0 +1,243 @@
+#!/usr/bin/env python
+"""Check that an update here is the reference's update, in float32 on the CPU.
+
+    python -m benchmarks.equivalence
+    python -m benchmarks.equivalence --reference path/to/diffusers/examples/instruct_pix2pix/train_instruct_pix2pix.py
+
+This project's training loop runs for some updates and is compared with the update written out plainly below, with
+diffusers' and PyTorch's own parts (two VAE passes, DDPMScheduler.add_noise, AdamW one tensor at a time, EMAModel), and,
+with --reference, with your own copy of diffusers' example. All sides get the same weights, pixels, noise, timesteps and
+dropout draws; the example's widened convolution also gets the base model's bias, which it leaves at random. Printed are
+the largest absolute differences of losses, weights and averaged weights, then one JSON line.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(
+        prog="equivalence.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False
+    )
+    parser.error = lambda message: fail(f"{message} (see --help)")
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--reference", help="Your copy of diffusers' train_instruct_pix2pix.py; needs torchvision.")
+    what.add_argument("--updates", type=int, default=20, help="Updates to compare.")
+    what.add_argument("--batch_size", type=int, default=2, help="Images per micro-batch.")
+    what.add_argument("--accumulation", type=int, default=2, help="Micro-batches per update.")
+    what.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate, constant.")
+    what.add_argument("--dropout", type=float, default=0.1, help="Conditioning dropout probability.")
+    what.add_argument("--seed", type=int, default=0, help="Seed of this project's random streams.")
+    args = parser.parse_args(argv)
+    for name in ("updates", "batch_size", "accumulation"):
+        if getattr(args, name) < 1:
+            fail(f"--{name}: {getattr(args, name)} is too small; give 1 or more")
+    if args.reference is not None and not Path(args.reference).is_file():
+        fail(f"--reference: {args.reference} is not a file")
+    return args
+
+
+def fail(message: str):
+    print(f"equivalence.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
+    """Flags that both training scripts know, and mean the same by."""
+    return [
+        f"--pretrained_model_name_or_path={model}",
+        f"--dataset_name={data}",
+        f"--output_dir={output_dir}",
+        "--resolution=64",
+        "--use_ema",
+        f"--train_batch_size={args.batch_size}",
+        f"--gradient_accumulation_steps={args.accumulation}",
+        f"--max_train_steps={args.updates}",
+        f"--learning_rate={args.learning_rate}",
+        "--lr_scheduler=constant",
+        "--lr_warmup_steps=0",
+        f"--conditioning_dropout_prob={args.dropout}",
+        f"--seed={args.seed}",
+        "--mixed_precision=no",
+    ]
+
+
+def run_ours(flags: list[str]):
+    """This project's loop; returns losses, UNet weights, averaged weights, and the batches it was fed."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from instruct_pix2pix import trainer
+    from instruct_pix2pix.options import parse_args
+    from instruct_pix2pix.preparation import build, check, start_accelerator
+
+    options = parse_args("", [*flags, "--image_geometry=squash", "--report_to=none"])
+    accelerator = start_accelerator(options)
+    plan = check(options, accelerator, expected_in_channels=4)
+    training = build(options, accelerator, plan)
+    conv_in_bias = training.bare_unet.conv_in.bias.detach().clone()
+    batches = []
+
+    def noted():
+        for batch in original:
+            batches.append(batch)
+            yield batch
+
+    original, training.batches = training.batches, noted()
+    losses = [
+        trainer.update(options, accelerator, plan, training, step)[0].item()
+        for step in range(1, options.max_train_steps + 1)
+    ]
+    # accelerate keeps its state for the life of a process; the next side starts afresh.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    names = [name for name, _ in training.bare_unet.named_parameters()]
+    weights = {name: p.detach().clone() for name, p in training.bare_unet.named_parameters()}
+    return losses, weights, dict(zip(names, training.ema.shadow, strict=True)), batches, conv_in_bias
+
+
+def run_plainly(args, model: Path, batches: list[dict]):
+    """The reference's update in so many words; returns losses, UNet weights and averaged weights."""
+    import torch
+    import torch.nn.functional as F
+    from diffusers import StableDiffusionPipeline
+    from diffusers.training_utils import EMAModel
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    unet, vae, tokenizer, text_encoder = pipe.unet, pipe.vae, pipe.tokenizer, pipe.text_encoder
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+
+    narrow = unet.conv_in
+    unet.conv_in = torch.nn.Conv2d(8, narrow.out_channels, narrow.kernel_size, narrow.stride, narrow.padding)
+    extra = torch.zeros_like(narrow.weight)
+    unet.conv_in.weight.data = torch.cat([narrow.weight.data, extra], dim=1)
+    unet.conv_in.bias.data = narrow.bias.data.clone()
+    unet.train()
+
+    def embed(texts):
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+        with torch.no_grad():
+            return text_encoder(ids).last_hidden_state
+
+    def encode(pixels):
+        with torch.no_grad():
+            return vae.encode(pixels.float() / 255 * 2 - 1).latent_dist
+
+    average = EMAModel(unet.parameters())  # decay 0.9999
+    optimizer = torch.optim.AdamW(
+        unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8, foreach=False
+    )
+    losses, p = [], args.dropout
+    for start in range(0, len(batches), args.accumulation):
+        optimizer.zero_grad()
+        window = []
+        for batch in batches[start : start + args.accumulation]:
+            posterior = encode(batch["edited"])
+            latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * vae.config.scaling_factor
+            noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
+            text = embed(batch["instructions"])
+            source = encode(batch["original"]).mode()
+            for i, u in enumerate(batch["dropout"].tolist()):
+                if u < 2 * p:
+                    text[i] = embed([""])[0]
+                if p <= u < 3 * p:
+                    source[i] = 0
+            predicted = unet(torch.cat([noisy, source], dim=1), batch["timesteps"], text).sample
+            target = batch["noise"]
+            if scheduler.config.prediction_type == "v_prediction":
+                target = scheduler.get_velocity(latents, batch["noise"], batch["timesteps"])
+            loss = F.mse_loss(predicted, target)
+            (loss / args.accumulation).backward()
+            window.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        average.step(unet.parameters())
+        losses.append(sum(window) / len(window))
+    names = [name for name, _ in unet.named_parameters()]
+    weights = {name: parameter.detach() for name, parameter in unet.named_parameters()}
+    return losses, weights, dict(zip(names, average.shadow_params, strict=True))
+
+
+def run_reference(args, model: Path, folder: Path, batches: list[dict], conv_in_bias):
+    """The reader's copy on the very pixels and draws of `batches`; returns losses, weights, averaged weights."""
+    import datasets
+    from PIL import Image
+
+    from benchmarks import reference
+
+    def as_images(key):
+        return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for batch in batches for pixels in batch[key]]
+
+    columns = {
+        "original_image": as_images("original"),
+        "edit_prompt": [text for batch in batches for text in batch["instructions"]],
+        "edited_image": as_images("edited"),
+    }
+    features = {"original_image": datasets.Image(), "edit_prompt": datasets.Value("string")}
+    features["edited_image"] = datasets.Image()
+    data = folder / "as_fed" / "data"
+    data.mkdir(parents=True)
+    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    rows.to_parquet(data / "train-00000-of-00001.parquet")
+
+    module = reference.load(args.reference)
+    reference.hand_in_draws(module, batches, conv_in_bias)
+    output_dir = folder / "reference"
+    names = [f"--{name}_column={name}" for name in columns if name != "edit_prompt"]
+    flags = [
+        *common_flags(args, model, folder / "as_fed", output_dir),
+        *names,
+        "--edit_prompt_column=edit_prompt",
+        f"--checkpointing_steps={args.updates}",
+    ]
+    updates = reference.run(module, flags)
+    return [update["loss"] for update in updates], *reference.final_weights(output_dir, args.updates)
+
+
+def largest_difference(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+def compare(name: str, ours, theirs) -> dict:
+    """Largest absolute differences of (losses, weights, averaged weights), printed and returned."""
+    found = {
+        "loss": max(abs(a - b) for a, b in zip(ours[0], theirs[0], strict=True)),
+        "weights": largest_difference(ours[1], theirs[1]),
+        "averaged_weights": largest_difference(ours[2], theirs[2]),
+    }
+    print(f"{name:26s}" + "".join(f"{key} {value:.2e}   " for key, value in found.items()))
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    import datasets
+
+    from benchmarks import machine
+    from benchmarks.models import pairs_folder
+    from tools.build_tiny_base import build_tiny_pipeline
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        model = folder / "model"
+        build_tiny_pipeline(in_channels=4, seed=args.seed).save_pretrained(model)
+        data = pairs_folder(folder, rows=24, size=(96, 72))
+        *ours, batches, conv_in_bias = run_ours(common_flags(args, model, data, folder / "ours"))
+        print(f"largest differences over {args.updates} updates (losses from {min(ours[0]):.3f} to {max(ours[0]):.3f})")
+        result = {"updates": args.updates, **machine.describe()}
+        result["plain"] = compare("the update written plainly", ours, run_plainly(args, model, batches))
+        if args.reference is not None:
+            theirs = run_reference(args, model, folder, batches, conv_in_bias)
+            result["reference"] = compare("diffusers' example", ours, theirs)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
