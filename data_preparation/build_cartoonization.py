@@ -145,8 +145,8 @@ def make_cartoonizer(args):
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "cuda" and (count := torch.cuda.device_count()):
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
     kind = device.split(":")[0]
     dtype = args.dtype if args.dtype != "auto" else "float16" if kind == "cuda" else "float32"
     try:

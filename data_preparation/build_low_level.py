@@ -59,7 +59,7 @@ def parse_arguments():
     add("--weights", nargs="+", type=task_weight, default=[], metavar="TASK=W",
         help="multiply the training rows of a task: below 1 leaves some out, above 1 repeats them")
     add("--mixing_cap", type=int, metavar="N",
-        help="at most so many training rows a task: examples-proportional mixing with a cap, as in FLAN")
+        help="at most so many training rows a task, after --weights: examples-proportional mixing as in FLAN")
     add("--instructions", type=Path, default=INSTRUCTIONS, metavar="DIR",
         help="folder of <task>.txt, one sentence a line; lines that begin with 'held-out:' are for testing")
     add("--all_instructions", action="store_true",
@@ -294,9 +294,13 @@ def plan_synthetic(photos, skipped: list[dict], args) -> list[Row]:
             if len(usable) == args.synthesize:
                 break
     rows = []
-    for split in records.SPLITS:
-        of_split = [row for row in usable if row.split == split]
-        for i in range(round(args.synthesize * len(of_split) / len(usable))):
+    by_split = {split: [row for row in usable if row.split == split] for split in records.SPLITS}
+    counts = {
+        split: round(args.synthesize * len(of_split) / max(1, len(usable))) for split, of_split in by_split.items()
+    }
+    counts[max(counts, key=counts.get)] += args.synthesize - sum(counts.values())  # what rounding left over
+    for split, of_split in by_split.items():
+        for i in range(counts[split] if of_split else 0):
             turn, place = divmod(i, len(of_split))
             # Tasks go round; where the photos' number would give a photo the same task again, a turn shifts them.
             shift = 0 if len(of_split) % len(args.tasks) else turn

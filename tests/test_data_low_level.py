@@ -305,7 +305,7 @@ def test_synthesis(tmp_path):
     dataset = tmp_path / "dataset"
     run(SCRIPT, *arguments, "--output_dir", dataset)
     plan = plan_of(dataset)
-    assert abs(len(plan) - 70) <= 1
+    assert len(plan) == 70
     counts = Counter(row["task"] for row in plan if row["split"] == "train")
     assert len(counts) == 7 and max(counts.values()) - min(counts.values()) <= 1
     by_photo: dict[str, set] = {}
