@@ -169,15 +169,14 @@ def main(argv: list[str] | None = None) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks import machine
-    from benchmarks.models import model_folder, pairs_folder
+    from benchmarks import machine, models
     from instruct_pix2pix import components, options, preparation, trainer
 
     if args.mixed_precision is None:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     folder = Path(args.folder)
-    model = model_folder(args.size, folder)
-    data = args.dataset or pairs_folder(folder)
+    model = models.model_folder(args.size, folder)
+    data = args.dataset or models.pairs_folder(folder)
     output_dir = folder / "train_step"
     shutil.rmtree(output_dir, ignore_errors=True)
 
@@ -253,7 +252,7 @@ def main(argv: list[str] | None = None) -> dict:
         "images_per_second": round(1000 * plan.effective_batch / total, 2),
         "stages_ms": {stage: round(value, 2) for stage, value in stage_ms.items()},
         "seconds_until_first_update": round(until_first_update, 1),
-        "teraflop_per_update": round(counted.get_total_flops() / 1e12, 4),
+        "teraflop_per_update": round(counted.get_total_flops() / 1e12, 6),
         "measured_teraflops": round(flops_rate / 1e12, 3),
         "measured_gigabytes_per_second": round(bytes_rate / 1e9, 1),
         "floor_ms": round(floor, 2),

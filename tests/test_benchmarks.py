@@ -1,15 +1,79 @@
-"""The benchmarks that need neither a GPU nor another project's files."""
+"""The benchmarks, where they need neither a GPU nor another project's files.
 
+REFERENCE_SCRIPT, if set, is a copy of diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py.
+"""
+
+import importlib
 import json
+import os
 
 import pytest
+
+REFERENCE = os.environ.get("REFERENCE_SCRIPT")
+
+
+def equivalence(capsys, *flags) -> dict:
+    from benchmarks.equivalence import main
+
+    main(["--dropout=0.25", *flags])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.slow
 def test_an_update_is_the_update_written_plainly(capsys):
     """Losses, weights and averaged weights, over accumulation, clipping and conditioning dropout."""
-    from benchmarks import equivalence
-
-    equivalence.main(["--updates=3", "--dropout=0.25"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])["plain"]
+    found = equivalence(capsys, "--updates=3")["plain"]
     assert found["loss"] < 1e-5 and found["weights"] < 1e-5 and found["averaged_weights"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REFERENCE is None, reason="REFERENCE_SCRIPT names no copy of diffusers' example")
+def test_an_update_is_the_references_update(capsys):
+    pytest.importorskip("torchvision")
+    found = equivalence(capsys, "--updates=20", f"--reference={REFERENCE}")["reference"]
+    assert found["loss"] < 1e-5 and found["weights"] < 1e-5 and found["averaged_weights"] < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [True, False])
+def test_every_stage_of_an_update_is_timed(cached, tmp_path, capsys, monkeypatch):
+    """On a model as small as can be, for the test's time; nothing is asserted about the times themselves."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    from benchmarks import models, train_step
+    from instruct_pix2pix import components
+
+    tiny = {"unet": (32, 32, 32, 32), "vae": (32, 32, 32, 32), "text": (32, 1, 4)}
+    monkeypatch.setitem(models.SIZES, "small", tiny)
+    monkeypatch.setattr(models, "pairs_folder", lambda folder, make=models.pairs_folder: make(folder, 4, (80, 64)))
+    for name in ("tokenize", "encode_text", "encode_pair"):  # the clocks stay for the life of a process
+        monkeypatch.setattr(components, name, getattr(components, name))
+    try:
+        flags = ["--updates=1", "--warmup=2", "--batch_size=2", "--accumulation=2", f"--folder={tmp_path}"]
+        result = train_step.main(flags if cached else [*flags, "--no_cache"])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1]) == result and result["cached"] is cached
+    inputs = ["look-up in the cache"] if cached else ["tokenizer and text encoder", "VAE"]
+    stages = ["data", *inputs, "UNet forward", "backward", "clip", "AdamW", "average", "rest"]
+    assert list(result["stages_ms"]) == stages and all(f"  {stage} " in out for stage in stages)
+    assert result["images_per_update"] == 4 and result["teraflop_per_update"] > 0
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("equivalence", ["--reference=/no/such/file.py"], "--reference: /no/such/file.py is not a file"),
+        ("equivalence", ["--updates=0"], "--updates: 0 is too small"),
+        ("train_step", ["--size=huge"], "--size: invalid choice: 'huge'"),
+        ("compare_with_reference", ["--reference=/no/such/file.py"], "--reference: /no/such/file.py is not a file"),
+        ("compare_with_reference", [f"--reference={__file__}", "--updates=25"], "--updates: 25 is not 20, 30, ..."),
+    ],
+)
+def test_mistakes_are_one_line(module, flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        importlib.import_module(f"benchmarks.{module}").parse_args(flags)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and message in error and error.count("\n") == 1
