@@ -46,8 +46,8 @@ accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dyna
   --pretrained_model_name_or_path="$MODEL_ID" \
   --dataset_name="$OUTPUT_DIR/dataset" \
   --resolution=64 --image_geometry=crop --random_flip \
-  --train_batch_size=16 --max_train_steps="$MAX_TRAIN_STEPS" \
-  --learning_rate=5e-4 --lr_scheduler=cosine --lr_warmup_steps=20 \
+  --cached_crops=4 --train_batch_size=16 --max_train_steps="$MAX_TRAIN_STEPS" \
+  --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=20 \
   --use_ema --ema_decay=0.99 \
   --checkpointing_steps=300 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
   --seed=42 --report_to=none \
