@@ -212,7 +212,7 @@ def compare(name: str, ours, theirs) -> dict:
         "weights": largest_difference(ours[1], theirs[1]),
         "averaged_weights": largest_difference(ours[2], theirs[2]),
     }
-    print(f"{name:26s}" + "".join(f"{key} {value:.2e}   " for key, value in found.items()))
+    print(f"{name:28s}" + "".join(f"{key} {value:.2e}   " for key, value in found.items()))
     return found
 
 
