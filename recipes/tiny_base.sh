@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Trains the two models kept in assets/tiny-stable-diffusion and assets/tiny-instruct-pix2pix from assets/photos:
+# about an hour and a half on one CPU core, minutes on a GPU. Run from the repository's root, with the
+# requirements installed:
+#
+#     bash recipes/tiny_base.sh [folder for the new models, outputs/tiny_models by default]
+#
+# It may be stopped at any time: run again, it goes on from where it was. The kept models came from these very
+# steps and seeds; on another machine the last digits differ.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+output_dir=${1:-outputs/tiny_models}
+work_dir=outputs/tiny_base
+threads=${THREADS:-1}
+
+train() { python tools/train_tiny_base.py --work_dir "$work_dir" --threads "$threads" "$@"; }
+
+train --stage linear --steps 1500
+train --stage decoder --steps 4000
+train --stage base --steps 1600 --tiles 6000
+train --stage instruct --steps 7000 --tiles 6000
+python tools/save_tiny_base.py --work_dir "$work_dir" --output_dir "$output_dir" --threads "$threads"
