@@ -5,8 +5,13 @@
 #
 #     bash recipes/tiny_base.sh [folder for the new models, outputs/tiny_models by default]
 #
-# It may be stopped at any time: run again, it goes on from where it was. The kept models came from these very
-# steps and seeds; on another machine the last digits differ.
+# It may be stopped at any time: run again, it goes on from where it was. The environment variable THREADS sets
+# the number of CPU threads.
+#
+# The kept models are of the same stages and seed, but were not made in one go. Their decoder saw drawings with
+# other outlines for its first 2,400 of 3,300 updates. Their base UNet had no pooled text beside the time step, and
+# weighted its loss by min(SNR, 5) / (SNR + 1), as did the first 2,500 of 4,600 updates of the InstructPix2Pix;
+# both had next to no use for the text until these two things were changed. So this recipe should end better.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 output_dir=${1:-outputs/tiny_models}

@@ -177,6 +177,10 @@ def build_unet(in_channels: int):
         norm_num_groups=4,
         # Velocity mixes the noisy and the source latents in proportions that depend on the time step.
         resnet_time_scale_shift="scale_shift",
+        # The pooled text joins the time step in every residual block: cross-attention alone, on the lower
+        # levels, takes far longer to learn an edit of the colours.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 

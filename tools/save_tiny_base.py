@@ -87,7 +87,7 @@ def model_card(stage: str, figures: dict, logs: dict) -> str:
         "",
         f"- whole photos at 128 pixels: {vae['photos dB']}",
         f"- parts of 128 pixels at twice the scale: {vae['photo details dB']}",
-        f"- the first as areas of one colour, half with dark outlines: {vae['flat colours dB']}",
+        f"- the first as drawings, flat colours and most with dark outlines: {vae['drawings dB']}",
         "",
     ]
     if stage == "instruct":

@@ -18,7 +18,7 @@ base      The 4-channel text-to-image UNet and its text encoder, on latents of p
           names, some of them edited: "a photo of a windmill", "a gray photo of a windmill".
 instruct  The 8-channel InstructPix2Pix (Brooks et al. 2023) on the edits and restorations of
           generic_edits.py, from the base UNet with its input widened by zeros (section 3.2), with 5 % each of
-          no text, no image and neither (section 3.2.1). In the first third of its steps half of the
+          no text, no image and neither (section 3.2.1). In the first quarter of its steps half of the
           pairs keep the image: copying comes first.
 
 A CUDA device is used where there is one. All is float32: bfloat16 is many times slower on most CPUs.
@@ -330,7 +330,7 @@ def autoencoder_data(arguments, photos: dict, held_out: dict):
 
     probes = {"photos": centre_crops(held_out, 128), "photo details": centre_crops(held_out, 256)}
     rng = np.random.default_rng(0)
-    probes["flat colours"] = np.stack([flat_colours(image, rng) for image in probes["photos"]])
+    probes["drawings"] = np.stack([flat_colours(image, rng) for image in probes["photos"]])
     probes = {name: to_model(images, arguments.device) for name, images in probes.items()}
 
     def batch(generator, size: int = arguments.batch_size):
@@ -490,13 +490,16 @@ def prepare_unet(unet) -> None:
             shortcut.weight[offset::per_group] = 0
             shortcut.bias[offset::per_group] = constant
         unet.conv_out.weight.zero_(), unet.conv_out.bias.zero_()
+        # The pooled text starts at zero beside the time step's embedding.
+        unet.add_embedding.norm2.weight.zero_(), unet.add_embedding.norm2.bias.zero_()
 
 
 def velocity_loss(unet, scheduler, target, source, embeddings, generator):
     """Weighted squared error of the velocity (Salimans and Ho 2022, section 4) at random time steps.
 
-    The velocity's error is that of the clean latents over sigma. The weight min(SNR, 5) / (SNR + 1) (Hang et
-    al. 2023, section 3.4) counts the latter evenly where there is little noise, instead of ever more.
+    The squared error of the velocity is that of the clean latents times SNR + 1. That factor is clipped at 5,
+    as Hang et al. (2023, section 3.4) clip the SNR, so that nearly clean latents do not outweigh all others.
+    Clipping the SNR itself would silence the noisiest steps too, the only ones at which an edit is decided.
 
     `target`: latents (B, 4, h, w) to be denoised; `source`: latents of the same shape, joined to the UNet's
     input, or None; `embeddings`: text (B, 77, 64).
@@ -512,7 +515,7 @@ def velocity_loss(unet, scheduler, target, source, embeddings, generator):
     predicted = unet(inputs, times, embeddings).sample
     signal = scheduler.alphas_cumprod.to(target.device)[times]
     ratio = signal / (1 - signal)
-    weight = (ratio.clamp(max=5) / (ratio + 1))[:, None, None, None]
+    weight = (5 / (ratio + 1)).clamp(max=1)[:, None, None, None]
     return (weight * (predicted - scheduler.get_velocity(target, noise, times)).square()).mean()
 
 
@@ -710,7 +713,7 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
         photo, edited = clean[task, pair].float().to(device), changed[task, pair].float().to(device)
         backwards = restores[task][:, None, None, None].to(device)
         source, target = torch.where(backwards, edited, photo), torch.where(backwards, photo, edited)
-        keep = uniform() < (0.5 if step < arguments.steps / 3 else 0.15)
+        keep = uniform() < (0.5 if step < arguments.steps / 4 else 0.1)
         # What is kept is any source or any target, so that every kind of picture is copied.
         kept = torch.where((uniform() < 0.5)[:, None, None, None].to(device), source, target)
         keep_here = keep[:, None, None, None].to(device)
