@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 
 from tools.build_tiny_base import VOCABULARY, build_tiny_pipeline, build_tokenizer, save_pipeline
 from tools.generic_edits import EDITS, RESTORATIONS
-from tools.train_tiny_base import embed_linear, linear_decode, linear_encode, optimise, widen
+from tools.train_tiny_base import embed_linear, linear_decode, linear_encode, optimise, psnr, sample, widen
 
 ROOT = Path(__file__).parent.parent
-PHOTOS = ROOT / "assets" / "photos"
+ASSETS = ROOT / "assets"
+PHOTOS = ASSETS / "photos"
 COMPONENTS = ("vae", "text_encoder", "unet")
 
 
@@ -244,3 +245,82 @@ def test_training_scripts_say_in_one_line_what_is_missing(tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--stage" in wrong.stderr
     wrong = run_script("--work_dir", tmp_path, "--output_dir", tmp_path, script="save_tiny_base.py")
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "linear" in wrong.stderr
+
+
+# --- the models kept in assets/ -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept():
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "tiny-instruct-pix2pix", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def held_out(count: int = 6) -> torch.Tensor:
+    """(count, 3, 128, 128) in [-1, 1]: every fourth held-out photo, resized and cropped."""
+    crops = []
+    for path in sorted(PHOTOS.glob("test/*.webp"))[:: 24 // count]:
+        with Image.open(path) as photo:
+            crops.append(np.asarray(ImageOps.fit(photo.convert("RGB"), (128, 128), Image.Resampling.LANCZOS)))
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def round_trip(vae, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return vae.decode(vae.encode(images).latent_dist.mode()).sample.clamp(-1, 1)
+
+
+def edit(pipeline, images: torch.Tensor, instruction: str) -> torch.Tensor:
+    return sample(pipeline, images, [instruction] * len(images), 1.0, 1.0, "cpu")
+
+
+def test_kept_models_are_small_whole_and_described():
+    from diffusers import DiffusionPipeline
+
+    total = 0
+    for name in ("tiny-stable-diffusion", "tiny-instruct-pix2pix"):
+        files = [path for path in (ASSETS / name).rglob("*") if path.is_file()]
+        total += sum(path.stat().st_size for path in files)
+        assert {path.suffix for path in files} <= {".json", ".md", ".safetensors"}
+        assert "## Figures" in (ASSETS / name / "README.md").read_text()
+        pipeline = DiffusionPipeline.from_pretrained(ASSETS / name, local_files_only=True)
+        assert {getattr(pipeline, component).dtype for component in COMPONENTS} == {torch.float32}
+    assert total < 24e6
+
+
+def test_kept_autoencoder_holds_held_out_photos(kept):
+    images = held_out(12)
+    assert psnr(round_trip(kept.vae, images), images).mean() > 27
+    latents = kept.vae.encode(images).latent_dist.mode() * kept.vae.config.scaling_factor
+    assert 0.7 < latents.std() < 1.3
+
+
+def test_kept_model_keeps_the_image(kept):
+    images = held_out()
+    assert psnr(edit(kept, images, "keep the image"), round_trip(kept.vae, images)).mean() > 28
+
+
+@pytest.mark.slow
+def test_kept_model_reads_the_instruction(kept):
+    """The same photo goes different ways, each the one that was asked for."""
+    images = held_out(4)
+    kept_as_is, brighter, darker = (
+        edit(kept, images, text).mean((1, 2, 3))
+        for text in ("keep the image", "make it brighter", "make it darker")
+    )
+    assert (brighter > kept_as_is).all() and (darker < kept_as_is).all()
+    inverted = edit(kept, images, "invert the colors")
+    assert (psnr(inverted, -images) > psnr(images, -images) + 5).all()
+
+
+def test_kept_model_lights_up_dark_photos(kept):
+    images = held_out(4)
+    rng = np.random.default_rng(0)
+    photos = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    dark = np.stack([RESTORATIONS["low light"][0](photo, rng) for photo in photos])
+    dark = torch.from_numpy(dark).permute(0, 3, 1, 2).float() / 127.5 - 1
+    restored = edit(kept, dark, "enhance the low light image")
+    assert psnr(restored, images).mean() > psnr(dark, images).mean() + 4

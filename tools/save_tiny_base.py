@@ -20,10 +20,11 @@ NAMES = {"base": "tiny-stable-diffusion", "instruct": "tiny-instruct-pix2pix"}
 
 def table(rows: dict[str, dict], first: str) -> list[str]:
     """Markdown lines of a table: one row for each key, named in the column `first`."""
-    columns = list(next(iter(rows.values())))
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = ["| " + " | ".join([first, *columns]) + " |", "|---|" + "---:|" * len(columns)]
     return lines + [
-        "| " + " | ".join([name, *(str(row[key]) for key in columns)]) + " |" for name, row in rows.items()
+        "| " + " | ".join([name, *(str(row.get(key, "")) for key in columns)]) + " |"
+        for name, row in rows.items()
     ]
 
 
@@ -136,6 +137,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--every", type=int, default=3, help="edit every n-th held-out photo")
+    measuring.add_argument("--edits", nargs="+", help="names in generic_edits.py to measure; without it, all")
     measuring.add_argument("--seed", type=int, default=0, help="the seed of the training, for the cards")
     measuring.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's own choice")
     arguments = parser.parse_args(argv)
@@ -178,7 +180,7 @@ def main() -> None:
         pipeline.set_progress_bar_config(disable=True)
         if stage == "instruct":
             crops = centre_crops(load_photos(arguments.held_out), 128)[:: arguments.every]
-            names = [*EDITS, *RESTORATIONS]
+            names = arguments.edits or [*EDITS, *RESTORATIONS]
             figures["images"] = len(crops)
             figures["unguided"] = edit_figures(pipeline, crops, names, 1.0, 1.0, "cpu")
             figures["guided"] = edit_figures(pipeline, crops, names, 7.0, 1.5, "cpu")

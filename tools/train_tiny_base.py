@@ -638,9 +638,10 @@ def edit_figures(pipeline, crops, names: list[str], guidance: float, image_guida
     import numpy as np
     import torch
     from generic_edits import EDITS, RESTORATIONS
+    from tqdm import tqdm
 
     figures = {}
-    for name in names:
+    for name in tqdm(names, desc=f"edits, guidance {guidance:g}", leave=False):
         wording = (EDITS.get(name) or RESTORATIONS[name])[1][0]
         pair = make_pairs(name, crops, np.random.default_rng(0))
         source, target = (to_model(images, device) for images in pair)
