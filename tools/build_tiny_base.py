@@ -177,6 +177,10 @@ def build_unet(in_channels: int):
         norm_num_groups=4,
         # Velocity mixes the noisy and the source latents in proportions that depend on the time step.
         resnet_time_scale_shift="scale_shift",
+        # The pooled text joins the time step in every residual block: cross-attention alone, on the lower
+        # levels, takes far longer to learn an edit of the colours.
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 
@@ -232,8 +236,8 @@ def build_tiny_pipeline(in_channels: int = 4, seed: int = 0):
     return assemble(vae, text_encoder, tokenizer, unet, build_scheduler())
 
 
-def save_pipeline(pipeline, folder: Path) -> None:
-    """Write `pipeline` to `folder` as safetensors: into a temporary folder beside it first, then renamed.
+def save_pipeline(pipeline, folder: Path, card: str | None = None) -> None:
+    """Write `pipeline`, and `card` as its README.md, to `folder`: in a temporary folder first, then renamed.
 
     An existing non-empty `folder` raises FileExistsError and stays as it is.
     """
@@ -244,6 +248,8 @@ def save_pipeline(pipeline, folder: Path) -> None:
     try:
         temporary.chmod(0o755)  # mkdtemp's 0700 is for secrets; this is a model to share
         pipeline.save_pretrained(temporary, safe_serialization=True)
+        if card is not None:
+            (temporary / "README.md").write_text(card)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,20 +1,24 @@
 #!/usr/bin/env python
 """Train the tiny Stable Diffusion and the tiny InstructPix2Pix kept under assets/.
 
-    python tools/train_tiny_base.py --stage vae      --work_dir outputs/tiny_base
+    python tools/train_tiny_base.py --stage linear   --work_dir outputs/tiny_base
+    python tools/train_tiny_base.py --stage decoder  --work_dir outputs/tiny_base
     python tools/train_tiny_base.py --stage base     --work_dir outputs/tiny_base
     python tools/train_tiny_base.py --stage instruct --work_dir outputs/tiny_base
 
-Run from the repository's root, in this order; recipes/tiny_base.sh does it all. Every stage writes its state
-to --work_dir now and then, and the same command again goes on from there. A stage that has ended stays.
+Run from the repository's root; recipes/tiny_base.sh does it all. `decoder` and `base` need `linear` alone, so
+they may run side by side; `instruct` starts from `base`. Every stage writes its state to --work_dir now and
+then, and the same command again goes on from there. A stage that has ended stays.
+tools/save_tiny_base.py then measures the models and makes pipeline folders of them.
 
-vae       The autoencoder, on 64-pixel tiles. It starts from the best *linear* convolutional autoencoder of
-          the same shape (--linear_steps), found in minutes and then embedded in the network.
+linear    The best *linear* convolutional autoencoder of the VAE's shape, found in minutes on 64-pixel tiles
+          and then embedded in the VAE. Its encoder is final: the latents are linear in the image.
+decoder   The VAE's decoder, as the non-linear network it is, on those latents.
 base      The 4-channel text-to-image UNet and its text encoder, on latents of photos captioned by their file
           names, some of them edited: "a photo of a windmill", "a gray photo of a windmill".
 instruct  The 8-channel InstructPix2Pix (Brooks et al. 2023) on the edits and restorations of
           generic_edits.py, from the base UNet with its input widened by zeros (section 3.2), with 5 % each of
-          no text, no image and neither (section 3.2.1). In the first third of its steps half of the
+          no text, no image and neither (section 3.2.1). In the first quarter of its steps half of the
           pairs keep the image: copying comes first.
 
 A CUDA device is used where there is one. All is float32: bfloat16 is many times slower on most CPUs.
@@ -137,18 +141,19 @@ def save_tensors(tensors: dict, path: Path, **metadata: str) -> None:
     os.replace(temporary, path)
 
 
-def optimise(name: str, modules: dict, loss_at, evaluate, work_dir: Path, steps: int, peak: float, arguments):
+def optimise(name: str, modules: dict, loss_at, evaluate, arguments) -> float:
     """Minimise `loss_at(step, generator)` over the modules' parameters with AdamW; leave their EMA in them.
 
     The generator of a step is seeded by the run's seed and the step, so a resumed run sees the same batches
-    as an uninterrupted one. State goes to `<work_dir>/<name>.state.safetensors`; figures, one JSON object a
-    line, to `<work_dir>/<name>.log.jsonl`. `evaluate()` returns a dictionary of figures and is called with the
-    EMA in place. Returns the seconds of training spent in all.
+    as an uninterrupted one. State goes to `<work_dir>/<name>.state.safetensors` and figures, one JSON object
+    a line, to `<work_dir>/<name>.log.jsonl`. `evaluate()` returns a dictionary of figures and is called with
+    the EMA in place. Returns the seconds of training spent in all.
     """
     import torch
     from safetensors import safe_open
     from tqdm import tqdm
 
+    work_dir, steps, peak = arguments.work_dir, arguments.steps, arguments.learning_rate
     state_file = work_dir / f"{name}.state.safetensors"
     parameters = {f"{m}.{p}": v for m, module in modules.items() for p, v in module.named_parameters()}
     optimiser = torch.optim.AdamW(parameters.values(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
@@ -296,7 +301,7 @@ def embed_linear(vae, images) -> None:
             run()
             hook.remove()
             size = captured[0][:, ::4].square().mean().sqrt()
-            constant = 6 * size
+            constant = 10 * size
             for offset, sign in ((1, -1.0), (2, 0.0), (3, 0.0)):
                 shortcut.weight[offset::4] = sign * shortcut.weight[::4]
                 shortcut.bias[offset::4] = sign * shortcut.bias[::4]
@@ -306,84 +311,100 @@ def embed_linear(vae, images) -> None:
             norm.bias.zero_()
 
 
-def train_vae(arguments, photos: dict, held_out: dict) -> None:
-    """Train the autoencoder and save it to `<work_dir>/vae`."""
+def autoencoder_data(arguments, photos: dict, held_out: dict):
+    """(batch, probes): a function from a generator to training images, and the held-out images by name.
+
+    All are float32 (B, 3, H, W) in [-1, 1]. A third of the training tiles are edited photos.
+    """
     import numpy as np
     import torch
-    from build_tiny_base import build_vae
     from generic_edits import flat_colours, gray, invert, more_contrast, posterize, vivid
     from tqdm import tqdm
 
-    device = arguments.device
     tiles, _ = cut_tiles(photos, arguments.tiles, arguments.seed)
     rng = np.random.default_rng(arguments.seed)
-    # A third of the tiles stand for the pictures that edits make, which the latents have to hold as well.
+    # They stand for the pictures that edits make, which the latents have to hold as well.
     changes = (flat_colours, flat_colours, flat_colours, posterize, vivid, more_contrast, gray, invert)
     for number in tqdm(range(0, len(tiles), 3), desc="edited tiles", mininterval=5):
         tiles[number] = changes[number // 3 % len(changes)](np.ascontiguousarray(tiles[number]), rng)
 
     probes = {"photos": centre_crops(held_out, 128), "photo details": centre_crops(held_out, 256)}
-    drawn = np.random.default_rng(0)
-    probes["flat colours"] = np.stack([flat_colours(image, drawn) for image in probes["photos"]])
-    probes = {name: to_model(images, device) for name, images in probes.items()}
+    rng = np.random.default_rng(0)
+    probes["drawings"] = np.stack([flat_colours(image, rng) for image in probes["photos"]])
+    probes = {name: to_model(images, arguments.device) for name, images in probes.items()}
 
+    def batch(generator, size: int = arguments.batch_size):
+        chosen = torch.randint(len(tiles), (size,), generator=generator)
+        return to_model(tiles[chosen.numpy()], arguments.device)
+
+    return batch, probes
+
+
+def ceiling(encode, decode, probes: dict) -> dict:
+    """PSNR in dB of each set of probes against itself encoded and decoded, mean over its images."""
+    import torch
+
+    with torch.no_grad():
+        decibels = {name: psnr(decode(encode(images)), images).mean() for name, images in probes.items()}
+    return {f"{name} dB": round(value.item(), 2) for name, value in decibels.items()}
+
+
+def vae_ceiling(vae, probes: dict) -> dict:
+    return ceiling(lambda x: vae.encode(x).latent_dist.mode(), lambda z: vae.decode(z).sample, probes)
+
+
+def train_linear(arguments, photos: dict, held_out: dict) -> None:
+    """Train the linear autoencoder, embed it in the VAE and save that to `<work_dir>/linear`."""
+    import torch
+    from build_tiny_base import build_vae
+
+    batch, probes = autoencoder_data(arguments, photos, held_out)
     torch.manual_seed(arguments.seed)
-    vae = build_vae().to(device)
-
-    def batch(generator):
-        chosen = torch.randint(len(tiles), (arguments.batch_size,), generator=generator)
-        return to_model(tiles[chosen.numpy()], device)
-
-    def ceiling(encode, decode) -> dict:
-        with torch.no_grad():
-            return {
-                f"{name} dB": round(psnr(decode(encode(x)), x).mean().item(), 2) for name, x in probes.items()
-            }
-
-    def linear_loss(step, generator):
-        images = batch(generator)
-        return (linear_decode(vae, linear_encode(vae, images)) - images).square().mean()
-
+    vae = build_vae().to(arguments.device)
     for module in (vae.encoder, vae.decoder):
         for layer in module.modules():
             if isinstance(layer, torch.nn.Conv2d):
                 torch.nn.init.orthogonal_(layer.weight), torch.nn.init.zeros_(layer.bias)
-    linear = torch.nn.ModuleList([layer for layer in used_convolutions(vae)])
-    seconds = optimise(
-        "vae_linear",
-        {"linear": linear},
-        linear_loss,
-        lambda: ceiling(lambda x: linear_encode(vae, x), lambda z: linear_decode(vae, z)),
-        arguments.work_dir,
-        arguments.linear_steps,
-        2e-3,
-        arguments,
-    )
-    embed_linear(vae, to_model(tiles[:256], device))
-
-    def full_ceiling() -> dict:
-        return ceiling(lambda x: vae.encode(x).latent_dist.mode(), lambda z: vae.decode(z).sample)
-
-    print(f"linear autoencoder embedded: {json.dumps(full_ceiling())}")
 
     def loss(step, generator):
         images = batch(generator)
-        posterior = vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        return (decoded - images).square().mean() + 1e-4 * divergence
+        return (linear_decode(vae, linear_encode(vae, images)) - images).square().mean()
 
-    steps, rate = arguments.steps, arguments.learning_rate
-    seconds += optimise("vae", {"vae": vae}, loss, full_ceiling, arguments.work_dir, steps, rate, arguments)
-    whiten(vae, to_model(tiles[:1024], device))
+    def evaluate() -> dict:
+        return ceiling(lambda x: linear_encode(vae, x), lambda z: linear_decode(vae, z), probes)
+
+    modules = {"linear": torch.nn.ModuleList(used_convolutions(vae))}
+    seconds = optimise("linear", modules, loss, evaluate, arguments)
+    figures = {"seconds": round(seconds), "steps": arguments.steps, "before embedding": evaluate()}
+    embed_linear(vae, batch(torch.Generator().manual_seed(arguments.seed), 1024))
+    finish(arguments.work_dir, "linear", {"vae": vae}, figures | vae_ceiling(vae, probes))
+
+
+def train_decoder(arguments, photos: dict, held_out: dict) -> None:
+    """Train the decoder on the latents of the linear encoder; save the whole VAE to `<work_dir>/decoder`."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    batch, probes = autoencoder_data(arguments, photos, held_out)
+    vae = AutoencoderKL.from_pretrained(arguments.work_dir / "linear" / "vae").to(arguments.device)
+    start = vae_ceiling(vae, probes)
+
+    def loss(step, generator):
+        images = batch(generator)
+        with torch.no_grad():
+            posterior = vae.encode(images).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(arguments.device)
+        return (vae.decode(posterior.mean + posterior.std * noise).sample - images).square().mean()
+
+    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
+    seconds = optimise("decoder", modules, loss, lambda: vae_ceiling(vae, probes), arguments)
     figures = {
         "seconds": round(seconds),
-        "steps": steps,
-        "linear_steps": arguments.linear_steps,
-        **full_ceiling(),
+        "steps": arguments.steps,
+        "start": start,
+        **vae_ceiling(vae, probes),
     }
-    finish(arguments.work_dir, "vae", {"vae": vae}, figures)
+    finish(arguments.work_dir, "decoder", {"vae": vae}, figures)
 
 
 def used_convolutions(vae) -> list:
@@ -397,25 +418,14 @@ def used_convolutions(vae) -> list:
     return layers
 
 
-def whiten(vae, images) -> None:
-    """Bring each latent channel to zero mean and unit variance over `images`; what is decoded stays."""
-    import torch
-
-    with torch.no_grad():
-        latents = vae.encode(images).latent_dist.mode()
-        mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-        scale = torch.cat([1 / deviation, torch.ones(4, device=mean.device)])
-        shift = torch.cat([-mean / deviation, -2 * deviation.log()])  # the second half are log-variances
-        vae.quant_conv.weight.mul_(scale[:, None, None, None])
-        vae.quant_conv.bias.mul_(scale).add_(shift)
-        vae.post_quant_conv.bias.add_(vae.post_quant_conv.weight[..., 0, 0] @ mean)
-        vae.post_quant_conv.weight.mul_(deviation[None, :, None, None])
-
-
 def finish(work_dir: Path, stage: str, models: dict, figures: dict) -> None:
     """Save each model to `<work_dir>/<stage>/<name>`, then the figures, whose file marks its end."""
+    import torch
+
     for name, model in models.items():
         model.save_pretrained(work_dir / stage / name, safe_serialization=True)
+    device = next(next(iter(models.values())).parameters()).device.type
+    figures["device"] = device if device != "cpu" else f"cpu, {torch.get_num_threads()} thread(s)"
     temporary = work_dir / f"{stage}.json.partial"
     temporary.write_text(json.dumps(figures, indent=2) + "\n")
     os.replace(temporary, work_dir / f"{stage}.json")
@@ -480,10 +490,16 @@ def prepare_unet(unet) -> None:
             shortcut.weight[offset::per_group] = 0
             shortcut.bias[offset::per_group] = constant
         unet.conv_out.weight.zero_(), unet.conv_out.bias.zero_()
+        # The pooled text starts at zero beside the time step's embedding.
+        unet.add_embedding.norm2.weight.zero_(), unet.add_embedding.norm2.bias.zero_()
 
 
 def velocity_loss(unet, scheduler, target, source, embeddings, generator):
-    """Mean squared error of the predicted velocity at random time steps (Salimans and Ho 2022, section 4).
+    """Weighted squared error of the velocity (Salimans and Ho 2022, section 4) at random time steps.
+
+    The squared error of the velocity is that of the clean latents times SNR + 1. That factor is clipped at 5,
+    as Hang et al. (2023, section 3.4) clip the SNR, so that nearly clean latents do not outweigh all others.
+    Clipping the SNR itself would silence the noisiest steps too, the only ones at which an edit is decided.
 
     `target`: latents (B, 4, h, w) to be denoised; `source`: latents of the same shape, joined to the UNet's
     input, or None; `embeddings`: text (B, 77, 64).
@@ -497,7 +513,10 @@ def velocity_loss(unet, scheduler, target, source, embeddings, generator):
     noisy = scheduler.add_noise(target, noise, times)
     inputs = noisy if source is None else torch.cat([noisy, source], dim=1)
     predicted = unet(inputs, times, embeddings).sample
-    return (predicted - scheduler.get_velocity(target, noise, times)).square().mean()
+    signal = scheduler.alphas_cumprod.to(target.device)[times]
+    ratio = signal / (1 - signal)
+    weight = (5 / (ratio + 1)).clamp(max=1)[:, None, None, None]
+    return (weight * (predicted - scheduler.get_velocity(target, noise, times)).square()).mean()
 
 
 def tokenise(tokenizer, sentences: list[str], device):
@@ -515,7 +534,7 @@ def train_base(arguments, photos: dict, held_out: dict) -> None:
     from generic_edits import EDITS
 
     device = arguments.device
-    vae = AutoencoderKL.from_pretrained(arguments.work_dir / "vae" / "vae").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(arguments.work_dir / "linear" / "vae").to(device).eval()
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     captions: dict[str, int] = {"": 0}
 
@@ -561,9 +580,9 @@ def train_base(arguments, photos: dict, held_out: dict) -> None:
         return {"held-out loss": round(held.item(), 5)}
 
     modules = {"text_encoder": text_encoder, "unet": unet}
-    steps, rate = arguments.steps, arguments.learning_rate
-    seconds = optimise("base", modules, loss, evaluate, arguments.work_dir, steps, rate, arguments)
-    finish(arguments.work_dir, "base", modules, {"seconds": round(seconds), "steps": steps, **evaluate()})
+    seconds = optimise("base", modules, loss, evaluate, arguments)
+    figures = {"seconds": round(seconds), "steps": arguments.steps, **evaluate()}
+    finish(arguments.work_dir, "base", modules, figures)
 
 
 def make_pairs(name: str, tiles, rng):
@@ -579,9 +598,9 @@ def make_pairs(name: str, tiles, rng):
 def widen(unet, in_channels: int = 8):
     """The same UNet taking 4 more input channels, ignored at first: their weights are zero (section 3.2)."""
     import torch
-    from build_tiny_base import build_unet
+    from diffusers import UNet2DConditionModel
 
-    wide = build_unet(in_channels)
+    wide = UNet2DConditionModel.from_config({**unet.config, "in_channels": in_channels})
     weights = dict(unet.state_dict())
     grown = torch.zeros_like(wide.conv_in.weight)
     grown[:, : unet.config.in_channels] = weights["conv_in.weight"]
@@ -619,9 +638,10 @@ def edit_figures(pipeline, crops, names: list[str], guidance: float, image_guida
     import numpy as np
     import torch
     from generic_edits import EDITS, RESTORATIONS
+    from tqdm import tqdm
 
     figures = {}
-    for name in names:
+    for name in tqdm(names, desc=f"edits, guidance {guidance:g}", leave=False):
         wording = (EDITS.get(name) or RESTORATIONS[name])[1][0]
         pair = make_pairs(name, crops, np.random.default_rng(0))
         source, target = (to_model(images, device) for images in pair)
@@ -652,27 +672,27 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
     from transformers import CLIPTextModel
 
     device, work_dir = arguments.device, arguments.work_dir
-    vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(work_dir / "linear" / "vae").to(device).eval()
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     names = [name for name in (*EDITS, *RESTORATIONS) if name != "keep"]
+
+    # Each task takes its own stretch of the tiles, which hold every photo in turn.
+    count = min(arguments.tiles, 1200)
+    stretches = [(number * count // 2 + np.arange(count)) % arguments.tiles for number in range(len(names))]
 
     def make_latents() -> dict:
         tiles, _ = cut_tiles(photos, arguments.tiles, arguments.seed + 2)
         rng = np.random.default_rng(arguments.seed)
-        tensors = {}
-        for number, name in enumerate(names):
-            # Each task takes its own stretch of the tiles, which hold every photo in turn.
-            count = min(len(tiles), 2000)
-            chosen = np.arange(number * count // 2, number * count // 2 + count) % len(tiles)
-            source, target = make_pairs(name, tiles[chosen], rng)
-            tensors |= {f"{name}.source": encode_all(vae, source, device)}
-            tensors |= {f"{name}.target": encode_all(vae, target, device)}
+        tensors = {"photos": encode_all(vae, tiles, device)}
+        for name, stretch in zip(names, stretches, strict=True):
+            source, target = make_pairs(name, tiles[stretch], rng)
+            tensors[name] = encode_all(vae, target if name in EDITS else source, device)
         return tensors
 
     latents = cached(work_dir / "instruct.latents.safetensors", make_latents)
-    sources = torch.stack([latents[f"{name}.source"] for name in names])  # (tasks, pairs, 4, h, w)
-    targets = torch.stack([latents[f"{name}.target"] for name in names])
-    del latents
+    clean = torch.stack([latents["photos"][stretch] for stretch in stretches])  # (tasks, pairs, 4, h, w)
+    changed = torch.stack([latents[name] for name in names])
+    restores = torch.tensor([name in RESTORATIONS for name in names])
     wordings = {name: (EDITS.get(name) or RESTORATIONS[name])[1] for name in ("keep", *names)}
     sentences = ["", *(sentence for name in wordings for sentence in wordings[name])]
     tokens = tokenise(tokenizer, sentences, device)
@@ -690,9 +710,11 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
             return torch.rand(size, generator=generator)
 
         task = torch.multinomial(weights, size, replacement=True, generator=generator)
-        pair = (uniform() * sources.shape[1]).long()
-        source, target = sources[task, pair].float().to(device), targets[task, pair].float().to(device)
-        keep = uniform() < (0.5 if step < arguments.steps / 3 else 0.15)
+        pair = (uniform() * count).long()
+        photo, edited = clean[task, pair].float().to(device), changed[task, pair].float().to(device)
+        backwards = restores[task][:, None, None, None].to(device)
+        source, target = torch.where(backwards, edited, photo), torch.where(backwards, photo, edited)
+        keep = uniform() < (0.5 if step < arguments.steps / 4 else 0.1)
         # What is kept is any source or any target, so that every kind of picture is copied.
         kept = torch.where((uniform() < 0.5)[:, None, None, None].to(device), source, target)
         keep_here = keep[:, None, None, None].to(device)
@@ -707,7 +729,7 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
         source = source * has_image[:, None, None, None]
         return velocity_loss(unet, scheduler, target, source, embeddings, generator)
 
-    crops = centre_crops(held_out, 128)[::4]
+    crops = centre_crops(held_out, 128)[::6]
     pipeline = assemble(vae, text_encoder, tokenizer, unet, scheduler)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -716,9 +738,9 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
         return {f"{name} in VAE dB": values["in VAE"] for name, values in figures.items()}
 
     modules = {"text_encoder": text_encoder, "unet": unet}
-    steps, rate = arguments.steps, arguments.learning_rate
-    seconds = optimise("instruct", modules, loss, evaluate, work_dir, steps, rate, arguments)
-    finish(work_dir, "instruct", modules, {"seconds": round(seconds), "steps": steps, **evaluate()})
+    seconds = optimise("instruct", modules, loss, evaluate, arguments)
+    figures = {"seconds": round(seconds), "steps": arguments.steps, **evaluate()}
+    finish(work_dir, "instruct", modules, figures)
 
 
 # --- command line --------------------------------------------------------------------
@@ -736,9 +758,10 @@ class Parser(argparse.ArgumentParser):
 
 
 STAGE_DEFAULTS = {  # steps, batch size, peak learning rate
-    "vae": (3000, 16, 1e-3),
-    "base": (3000, 16, 1e-3),
-    "instruct": (9000, 16, 1e-3),
+    "linear": (1500, 16, 2e-3),
+    "decoder": (4000, 8, 5e-4),
+    "base": (1600, 16, 1e-3),
+    "instruct": (6000, 16, 1e-3),
 }
 
 
@@ -769,7 +792,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         for column, name in enumerate(("steps", "batch_size", "learning_rate"))
     }
     training.add_argument("--steps", type=int, help=f"updates; else: {listed['steps']}")
-    training.add_argument("--linear_steps", type=int, default=1200, help="updates of the linear start")
     training.add_argument("--batch_size", type=int, help=f"tiles an update; else: {listed['batch_size']}")
     training.add_argument("--learning_rate", type=float, help=f"peak; else: {listed['learning_rate']}")
     training.add_argument("--ema", type=float, default=0.995, help="decay of the moving average that is kept")
@@ -784,14 +806,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments.steps = steps if arguments.steps is None else arguments.steps
     arguments.batch_size = batch_size if arguments.batch_size is None else arguments.batch_size
     arguments.learning_rate = rate if arguments.learning_rate is None else arguments.learning_rate
-    for flag in ("steps", "linear_steps", "batch_size", "tiles", "log_every", "learning_rate"):
+    for flag in ("steps", "batch_size", "tiles", "log_every", "learning_rate"):
         if getattr(arguments, flag) <= 0:
             parser.error(f"--{flag}: {getattr(arguments, flag)} is not above zero; give a positive number")
     for flag in ("photos", "held_out"):
         folder = getattr(arguments, flag)
         if not any(folder.glob("*.webp")):
             parser.error(f"--{flag}: {folder} holds no .webp photos; name a folder that does")
-    needed = {"vae": None, "base": "vae", "instruct": "base"}[arguments.stage]
+    needed = {"linear": None, "decoder": "linear", "base": "linear", "instruct": "base"}[arguments.stage]
     if needed and not (arguments.work_dir / f"{needed}.json").exists():
         parser.error(
             f"--stage: {arguments.stage} needs {arguments.work_dir}/{needed}; run --stage {needed} first"
@@ -813,9 +835,13 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     photos, held_out = load_photos(arguments.photos), load_photos(arguments.held_out)
-    {"vae": train_vae, "base": train_base, "instruct": train_instruct}[arguments.stage](
-        arguments, photos, held_out
-    )
+    stages = {
+        "linear": train_linear,
+        "decoder": train_decoder,
+        "base": train_base,
+        "instruct": train_instruct,
+    }
+    stages[arguments.stage](arguments, photos, held_out)
 
 
 if __name__ == "__main__":
