@@ -110,9 +110,7 @@ def test_both_pipelines_run_at_several_sizes(side):
 
 
 def run_script(*arguments, script: str = "build_tiny_base.py") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / script, *arguments], capture_output=True, text=True
-    )
+    return subprocess.run([sys.executable, ROOT / "tools" / script, *arguments], capture_output=True, text=True)
 
 
 def test_the_script_says_in_one_line_what_is_wrong(tmp_path):
@@ -154,9 +152,7 @@ def test_every_edit_changes_the_photo_and_has_its_own_wordings(name):
     assert np.array_equal(photo, kept), "the source was changed"
     assert np.array_equal(edited, function(photo, np.random.default_rng(0)))
     assert np.array_equal(edited, photo) == (name == "keep")
-    others = {
-        text for other, (_, texts) in {**EDITS, **RESTORATIONS}.items() if other != name for text in texts
-    }
+    others = {text for other, (_, texts) in {**EDITS, **RESTORATIONS}.items() if other != name for text in texts}
     assert len(wordings) >= 3 and not others & set(wordings)
     assert not [text for text in wordings if "cartoon" in text]
 
@@ -223,9 +219,7 @@ def test_a_stopped_stage_goes_on_where_it_was(tmp_path):
             calls.append(step)
             return (layer(torch.randn(8, 4, generator=generator)) - 1).square().mean()
 
-        settings = dict(
-            work_dir=folder, steps=4, learning_rate=1e-2, device="cpu", seed=0, ema=0.9, log_every=1
-        )
+        settings = dict(work_dir=folder, steps=4, learning_rate=1e-2, device="cpu", seed=0, ema=0.9, log_every=1)
         folder.mkdir(exist_ok=True)
         optimise("toy", {"layer": layer}, loss, dict, argparse.Namespace(**settings))
         return calls
@@ -308,8 +302,7 @@ def test_kept_model_reads_the_instruction(kept):
     """The same photo goes different ways, each the one that was asked for."""
     images = held_out(4)
     kept_as_is, brighter, darker = (
-        edit(kept, images, text).mean((1, 2, 3))
-        for text in ("keep the image", "make it brighter", "make it darker")
+        edit(kept, images, text).mean((1, 2, 3)) for text in ("keep the image", "make it brighter", "make it darker")
     )
     assert (brighter > kept_as_is).all() and (darker < kept_as_is).all()
     inverted = edit(kept, images, "invert the colors")

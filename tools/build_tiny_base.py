@@ -92,11 +92,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
         pieces = [symbol_of[byte] for byte in word.encode()]
         pieces[-1] += "</w>"
         while len(pieces) > 1:
-            known = [
-                (rank[pair], i)
-                for i, pair in enumerate(zip(pieces, pieces[1:], strict=False))
-                if pair in rank
-            ]
+            known = [(rank[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in rank]
             position = min(known)[1] if known else 0
             pair = (pieces[position], pieces[position + 1])
             rank.setdefault(pair, len(rank))
@@ -203,9 +199,7 @@ def assemble(vae, text_encoder, tokenizer, unet, scheduler):
     """The pipeline that fits the UNet's input: text-to-image for 4 channels, InstructPix2Pix for 8."""
     from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPipeline
 
-    pipeline_class = {4: StableDiffusionPipeline, 8: StableDiffusionInstructPix2PixPipeline}[
-        unet.config.in_channels
-    ]
+    pipeline_class = {4: StableDiffusionPipeline, 8: StableDiffusionInstructPix2PixPipeline}[unet.config.in_channels]
     return pipeline_class(
         vae=vae,
         text_encoder=text_encoder,

@@ -23,8 +23,7 @@ def table(rows: dict[str, dict], first: str) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     lines = ["| " + " | ".join([first, *columns]) + " |", "|---|" + "---:|" * len(columns)]
     return lines + [
-        "| " + " | ".join([name, *(str(row.get(key, "")) for key in columns)]) + " |"
-        for name, row in rows.items()
+        "| " + " | ".join([name, *(str(row.get(key, "")) for key in columns)]) + " |" for name, row in rows.items()
     ]
 
 
@@ -40,9 +39,7 @@ def model_card(stage: str, figures: dict, logs: dict) -> str:
     """The README.md of the model that ends with `stage`, "base" or "instruct"."""
     vae = figures["decoder"]
     trained = STAGES if stage == "instruct" else STAGES[:3]
-    times = {
-        name: {"updates": figures[name]["steps"], "seconds": figures[name]["seconds"]} for name in trained
-    }
+    times = {name: {"updates": figures[name]["steps"], "seconds": figures[name]["seconds"]} for name in trained}
     tags = "stable-diffusion, tiny" if stage == "base" else "instruct-pix2pix, image-editing, tiny"
     task = "text-to-image" if stage == "base" else "image-to-image"
     lines = [
@@ -129,12 +126,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     files = parser.add_argument_group("files")
     files.add_argument("--work_dir", type=Path, default=Path("outputs/tiny_base"), help="what training left")
-    files.add_argument(
-        "--output_dir", type=Path, default=Path("assets"), help="parent of the two new folders"
-    )
-    files.add_argument(
-        "--held_out", type=Path, default=Path("assets/photos/test"), help=".webp to measure on"
-    )
+    files.add_argument("--output_dir", type=Path, default=Path("assets"), help="parent of the two new folders")
+    files.add_argument("--held_out", type=Path, default=Path("assets/photos/test"), help=".webp to measure on")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--every", type=int, default=3, help="edit every n-th held-out photo")
     measuring.add_argument("--edits", nargs="+", help="names in generic_edits.py to measure; without it, all")

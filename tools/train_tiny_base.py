@@ -55,10 +55,7 @@ def load_photos(folder: Path) -> dict:
     """Every .webp of `folder` by its file stem, in order of name: uint8 (H, W, 3) RGB."""
     import cv2
 
-    return {
-        path.stem: cv2.imread(str(path), cv2.IMREAD_COLOR)[..., ::-1]
-        for path in sorted(folder.glob("*.webp"))
-    }
+    return {path.stem: cv2.imread(str(path), cv2.IMREAD_COLOR)[..., ::-1] for path in sorted(folder.glob("*.webp"))}
 
 
 def cut_tiles(photos: dict, count: int, seed: int):
@@ -106,9 +103,7 @@ def caption(stem: str) -> str:
     """The file stem renewable_windmill12 gives "a photo of a windmill": no number, no name of the group."""
     words = stem.split("_")
     words = (
-        words[1:]
-        if words[0] in {"animals", "farm", "fishes", "monuments", "others", "renewable", "tools"}
-        else words
+        words[1:] if words[0] in {"animals", "farm", "fishes", "monuments", "others", "renewable", "tools"} else words
     )
     subject = re.sub(r"\d+", "", " ".join(words)).strip()
     return f"a photo of a {subject}"
@@ -135,9 +130,7 @@ def save_tensors(tensors: dict, path: Path, **metadata: str) -> None:
     from safetensors.torch import save_file
 
     temporary = path.with_name(path.name + ".partial")
-    save_file(
-        {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata
-    )
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary, metadata)
     os.replace(temporary, path)
 
 
@@ -295,9 +288,7 @@ def embed_linear(vae, images) -> None:
         for half, blocks, run in halves:
             shortcut, norm, out = blocks[-1].resnets[0].conv_shortcut, half.conv_norm_out, half.conv_out
             captured = []
-            hook = shortcut.register_forward_hook(
-                lambda module, inputs, output, to=captured: to.append(output)
-            )
+            hook = shortcut.register_forward_hook(lambda module, inputs, output, to=captured: to.append(output))
             run()
             hook.remove()
             size = captured[0][:, ::4].square().mean().sqrt()
@@ -507,9 +498,7 @@ def velocity_loss(unet, scheduler, target, source, embeddings, generator):
     import torch
 
     noise = torch.randn(target.shape, generator=generator).to(target)
-    times = torch.randint(scheduler.config.num_train_timesteps, (len(target),), generator=generator).to(
-        target.device
-    )
+    times = torch.randint(scheduler.config.num_train_timesteps, (len(target),), generator=generator).to(target.device)
     noisy = scheduler.add_noise(target, noise, times)
     inputs = noisy if source is None else torch.cat([noisy, source], dim=1)
     predicted = unet(inputs, times, embeddings).sample
@@ -772,13 +761,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     task = parser.add_argument_group("what to do")
     task.add_argument("--stage", choices=tuple(STAGE_DEFAULTS), required=True, help="what to train")
-    task.add_argument(
-        "--work_dir", type=Path, default=Path("outputs/tiny_base"), help="states, logs and models"
-    )
+    task.add_argument("--work_dir", type=Path, default=Path("outputs/tiny_base"), help="states, logs and models")
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--photos", type=Path, default=Path("assets/photos/train"), help="folder of .webp to learn from"
-    )
+    data.add_argument("--photos", type=Path, default=Path("assets/photos/train"), help="folder of .webp to learn from")
     data.add_argument(
         "--held_out",
         type=Path,
@@ -815,9 +800,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{flag}: {folder} holds no .webp photos; name a folder that does")
     needed = {"linear": None, "decoder": "linear", "base": "linear", "instruct": "base"}[arguments.stage]
     if needed and not (arguments.work_dir / f"{needed}.json").exists():
-        parser.error(
-            f"--stage: {arguments.stage} needs {arguments.work_dir}/{needed}; run --stage {needed} first"
-        )
+        parser.error(f"--stage: {arguments.stage} needs {arguments.work_dir}/{needed}; run --stage {needed} first")
     return arguments
 
 
