@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-fast lint clean
+.PHONY: quickstart quickstart-low-level quickstart-control tiny-base test test-fast lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt
@@ -19,6 +19,18 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 quickstart: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/quickstart.sh
 
+quickstart-low-level: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" TASK=low_level bash recipes/quickstart.sh
+
+# As many updates on (photo, photo) pairs: how much of the quickstart's gain is nothing but better copying.
+quickstart-control: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" OUTPUT_DIR=outputs/quickstart-control bash recipes/quickstart.sh \
+		--edited_image_column=original_image
+
+# Trains the models in assets/ anew, into outputs/tiny_base: hours on a CPU.
+tiny-base: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/tiny_base.sh
+
 test: lint
 	$(BIN)/python -m pytest
 
@@ -28,6 +40,12 @@ test-fast: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.equivalence
+	$(BIN)/python -m benchmarks.train_step --size small
+	@if [ -n "$(REFERENCE)" ]; then $(BIN)/python -m benchmarks.compare_with_reference --reference "$(REFERENCE)"; \
+	else echo "make bench REFERENCE=path/to/train_instruct_pix2pix.py also compares with diffusers' example"; fi
 
 clean:
 	rm -rf outputs .pytest_cache .ruff_cache
