@@ -15,9 +15,6 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "data_preparation"
 PHOTOS = sorted((ROOT / "assets/photos/train").glob("*.webp"))
 
-# The scripts' folder is where Python looks first when one of them runs; tests import the siblings the same way.
-sys.path.insert(0, str(SCRIPTS))
-
 
 def command(script: str, *arguments) -> list[str]:
     return [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
