@@ -14,7 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 # No test reaches the network; a test of the Hub talks to its own one on loopback, in a subprocess.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# One thread: the models are tiny, and two threads that wait for each other on a busy machine are far slower.
+# One thread, here and in the scripts that tests start: the models are tiny, two threads that wait for each other on a
+# busy machine are far slower, and equal bits need equal sums.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 

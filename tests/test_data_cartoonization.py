@@ -361,7 +361,13 @@ def test_mistakes_are_one_line(tmp_path, arguments, words):
 
 def test_stopping_by_hand_is_one_line(tmp_path, many_photos):
     process = subprocess.Popen(
-        many_command(tmp_path, many_photos), cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+        many_command(tmp_path, many_photos),
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run that was itself started in the background ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / "dataset/data").exists():
         time.sleep(0.002)
