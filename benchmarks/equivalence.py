@@ -82,14 +82,16 @@ def run_ours(flags: list[str]):
     plan = check(options, accelerator, expected_in_channels=4)
     training = build(options, accelerator, plan)
     conv_in_bias = training.bare_unet.conv_in.bias.detach().clone()
-    batches = []
+    batches = []  # of the sides that are compared: one per micro-batch
 
     def noted():
-        for batch in original:
-            batches.append(batch)
-            yield batch
+        for window in original:
+            for start in range(0, len(window["dropout"]), options.train_batch_size):
+                part = slice(start, start + options.train_batch_size)
+                batches.append({name: values[part] for name, values in window.items()})
+            yield window
 
-    original, training.batches = training.batches, noted()
+    original, training.windows = training.windows, noted()
     losses = [
         trainer.update(options, accelerator, plan, training, step)[0].item()
         for step in range(1, options.max_train_steps + 1)

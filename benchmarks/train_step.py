@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> dict:
         run(1)
 
     stages = Stages(device.type == "cuda")
-    training.batches = stages.around_next(training.batches, "data")
+    training.windows = stages.around_next(training.windows, "data")
     if training.cache is not None:
         stages.around(training.cache, "look_up", "look-up in the cache")
     stages.around(components, "tokenize", "tokenizer and text encoder")
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> dict:
     stages.around(components, "encode_pair", "VAE")
     stages.around_forward(training.bare_unet, "UNet forward")
     stages.around(accelerator, "backward", "backward")
-    stages.around(accelerator, "clip_grad_norm_", "clip")
+    stages.around(trainer, "clip_gradients", "clip")
     stages.around(training.optimizer, "step", "AdamW")
     if training.ema is not None:
         stages.around(training.ema, "update", "average")

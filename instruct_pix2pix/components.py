@@ -29,6 +29,8 @@ CONFIG_FILES = {
     "scheduler": "scheduler_config.json",
 }
 
+PIXELS_PER_PASS = 16 * 256 * 256  # of each side of the pairs, in one pass of the VAE
+
 
 def read_base_configs(args) -> dict[str, dict]:
     """Configurations of the base model's UNet, VAE and scheduler, read without loading a weight.

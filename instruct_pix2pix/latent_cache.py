@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.checkpoint import _flush
-from instruct_pix2pix.components import encode_text, tokenize
+from instruct_pix2pix.components import PIXELS_PER_PASS, encode_text, tokenize
 from instruct_pix2pix.dataset import Triples, diffusion_draws, instructions_of, open_pair, to_unit_range
 from instruct_pix2pix.errors import RowError, UserError
 from instruct_pix2pix.geometry import crop_pair
@@ -42,7 +42,6 @@ logger = logging.getLogger(__name__)
 LAYOUT = 1  # raised when the files or the way their numbers are made change
 ROWS_PER_FILE = 256
 TEXTS_PER_FILE = 512
-PIXELS_PER_PASS = 16 * 256 * 256  # of each side of the pairs, in one pass of the VAE
 SHARE_OF_DEVICE = 0.1  # a cache no larger than this share of a GPU's memory is kept there
 
 

@@ -19,12 +19,12 @@ from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from instruct_pix2pix import checkpoint as checkpoints
-from instruct_pix2pix import components, hub, latent_cache
+from instruct_pix2pix import components, hub, latent_cache, speed
 from instruct_pix2pix.dataset import TripleDataset, Triples, collate, load_triples
 from instruct_pix2pix.ema import EMA
 from instruct_pix2pix.errors import UserError
 from instruct_pix2pix.options import resolved, trackers
-from instruct_pix2pix.random_streams import rank_positions
+from instruct_pix2pix.random_streams import window_positions
 from instruct_pix2pix.validation import load_validation_image
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,9 @@ class Training:
 
     unet: torch.nn.Module  # as accelerate wrapped it
     bare_unet: torch.nn.Module  # the same weights, to save and to sample with
+    predict: object  # the same again, to train: compiled with --compile
+    micro_batch_size: int  # samples in one forward pass
+    graph: speed.PassesGraph | None  # forward and backward passes as a CUDA graph, with --compile
     vae: torch.nn.Module
     text_encoder: torch.nn.Module
     tokenizer: object
@@ -68,7 +71,8 @@ class Training:
     learning_rate: object  # update number -> learning rate
     ema: EMA | None
     cache: latent_cache.LatentCache | None  # with --cache_latents; the frozen models then rest on the CPU
-    batches: object  # iterator over micro-batches of this process
+    windows: object  # iterator over what this process does in an update: all samples of its accumulation window
+    checkpoints: checkpoints.Writer
 
 
 # ---- without weights
@@ -123,6 +127,8 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
         args.learning_rate *= effective_batch
         args.scale_lr = False  # written down as resolved: a resumed run must not multiply twice
     latent_cache.settle(args, len(triples), samples=args.max_train_steps * effective_batch)
+    if args.dataloader_num_workers is None:
+        args.dataloader_num_workers = _default_workers(args, accelerator)
     plan = Plan(
         configs=configs,
         prediction_type=components.prediction_type(configs),
@@ -158,6 +164,14 @@ def describe(args, plan: Plan) -> dict:
         "epochs": round(plan.epoch(args.max_train_steps), 3),
         "prediction_type": plan.prediction_type,
     }
+
+
+def _default_workers(args, accelerator: Accelerator) -> int:
+    """A GPU should not wait for pictures, nor for the drawing of noise; a CPU has no time to spare for it."""
+    if accelerator.device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 1 if args.cache_latents else max(1, min(8, cores // accelerator.num_processes - 1))
 
 
 def _refuse_to_overwrite(output_dir: Path) -> None:
@@ -218,6 +232,8 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
+    if args.compile and accelerator.device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)  # slower on a CPU
     optimizer = _build_optimizer(args, unet)
     learning_rate = _learning_rate_schedule(args, optimizer)
     unet, optimizer = accelerator.prepare(unet, optimizer)
@@ -233,6 +249,9 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
     return Training(
         unet=unet,
         bare_unet=bare_unet,
+        predict=unet,
+        micro_batch_size=args.train_batch_size,
+        graph=None,
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -242,7 +261,8 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
         learning_rate=learning_rate,
         ema=ema,
         cache=cache,
-        batches=_batches(args, accelerator, plan, cache, latent_shape, num_timesteps=len(alphas_cumprod)),
+        windows=_windows(args, accelerator, plan, cache, latent_shape, num_timesteps=len(alphas_cumprod)),
+        checkpoints=checkpoints.Writer(),
     )
 
 
@@ -274,28 +294,20 @@ def _learning_rate_schedule(args, optimizer):
     return lambda step: args.learning_rate * schedule.lr_lambdas[0](step)
 
 
-def _batches(args, accelerator, plan: Plan, cache, latent_shape, num_timesteps: int):
-    """This process's micro-batches from the first update still to do to the last."""
+def _windows(args, accelerator, plan: Plan, cache, latent_shape, num_timesteps: int):
+    """What this process does in each update still to do, one accumulation window at a time."""
     if cache is not None:
         dataset = latent_cache.CachedTriples(cache, plan.triples, args, latent_shape, num_timesteps)
     else:
         dataset = TripleDataset(plan.triples, args, latent_shape, num_timesteps)
-    positions = [
-        rank_positions(
-            plan.first_position,
-            step,
-            micro_step,
-            args.train_batch_size,
-            args.gradient_accumulation_steps,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        for step in range(args.max_train_steps - plan.first_step)
-        for micro_step in range(args.gradient_accumulation_steps)
-    ]
+    process = (accelerator.process_index, accelerator.num_processes)
+    window = (args.train_batch_size, args.gradient_accumulation_steps)
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=positions,
+        batch_sampler=[
+            window_positions(plan.first_position, step, *window, *process)
+            for step in range(args.max_train_steps - plan.first_step)
+        ],
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",

@@ -46,9 +46,10 @@ class SampleOrder:
         return epoch, int(self._permutation[index])
 
 
-def rank_positions(
-    start: int, step: int, micro_step: int, batch_size: int, accumulation: int, rank: int, world_size: int
-) -> range:
-    """Positions of one rank's micro-batch: update `step` covers batch_size x accumulation x world_size of them."""
-    first = start + ((step * accumulation + micro_step) * world_size + rank) * batch_size
-    return range(first, first + batch_size)
+def window_positions(
+    start: int, step: int, batch_size: int, accumulation: int, rank: int, world_size: int
+) -> list[int]:
+    """Positions of one rank's accumulation window: update `step` covers batch_size x accumulation x world_size of them,
+    dealt out to the ranks by the micro-batch."""
+    firsts = (start + ((step * accumulation + micro) * world_size + rank) * batch_size for micro in range(accumulation))
+    return [position for first in firsts for position in range(first, first + batch_size)]

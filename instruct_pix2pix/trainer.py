@@ -15,10 +15,10 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from instruct_pix2pix import checkpoint as checkpoints
-from instruct_pix2pix import components, hub
+from instruct_pix2pix import components, hub, speed
 from instruct_pix2pix.conditioning import drop_conditioning
 from instruct_pix2pix.dataset import to_unit_range
-from instruct_pix2pix.errors import RowError, UserError
+from instruct_pix2pix.errors import RowError
 from instruct_pix2pix.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
 from instruct_pix2pix.options import resolved, write_json
 from instruct_pix2pix.preparation import Plan, Training, build, check, print_dry_run, start_accelerator
@@ -43,18 +43,23 @@ def train(args, expected_in_channels: int) -> None:
         if accelerator.is_main_process:
             print_dry_run(args, plan)
         return
-    training = build(args, accelerator, plan)
-    if accelerator.is_main_process:
-        checkpoints.remove_partial(Path(args.output_dir))
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.output_dir) / hub.CONFIG_FILE, resolved(args))
-    start_trackers(accelerator, args)
-    summary = run_updates(args, accelerator, plan, training)
-    finish(args, accelerator, plan, training, summary)
+    try:
+        training = build(args, accelerator, plan)
+        if accelerator.is_main_process:
+            checkpoints.remove_partial(Path(args.output_dir))
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            write_json(Path(args.output_dir) / hub.CONFIG_FILE, resolved(args))
+        start_trackers(accelerator, args)
+        summary = run_updates(args, accelerator, plan, training)
+        finish(args, accelerator, plan, training, summary)
+    except torch.OutOfMemoryError as error:
+        raise speed.out_of_memory(args) from error
 
 
 def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) -> dict:
     """All updates still to do, with logging, checkpoints and validation in between; returns the summary."""
+    if plan.first_step < args.max_train_steps:
+        speed.settle(args, accelerator, plan, training, forward_backward)
     log = Log(args, accelerator, plan)
     started = time.perf_counter()
     try:
@@ -65,22 +70,27 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
             validating = _validation_is_due(args, plan, step)
             if step % LOG_EVERY == 0 or step == args.max_train_steps or saving or validating:
                 log.flush()
+                training.checkpoints.raise_if_failed()
             if saving:
                 save(args, accelerator, plan, training, step)
             if validating:
                 run_validation(args, accelerator, plan, training, step)
             if saving or validating:
                 log.restart_clock()
-    except RowError:
-        # The updates so far are worth keeping; the row is for the user to mend.
+    except (RowError, torch.OutOfMemoryError) as error:
+        # The updates so far are worth keeping; the row, or the flags, are for the user to mend.
         done = log.last_step
         if accelerator.is_main_process and done > plan.first_step:
             log.flush(gather=False)
             write_checkpoint(args, accelerator, plan, training, done)
-            logger.error("stopped at a row that cannot be used; checkpoint-%d keeps the updates so far", done)
+            training.checkpoints.wait()
+            what = "a row that cannot be used" if isinstance(error, RowError) else "an update that needs more memory"
+            logger.error("stopped at %s; checkpoint-%d keeps the updates so far", what, done)
         raise
     finally:
         log.progress.close()
+        training.checkpoints.close()
+    training.checkpoints.raise_if_failed()
     return {
         "steps": args.max_train_steps,
         "train_seconds": round(time.perf_counter() - started, 1),
@@ -94,58 +104,104 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
 
 
 def update(args, accelerator: Accelerator, plan: Plan, training: Training, step: int):
-    """One update over the accumulation window; returns loss and gradient norm, left on the device."""
-    window_loss = torch.zeros((), device=accelerator.device)
-    for micro_step in range(args.gradient_accumulation_steps):
-        batch = next(training.batches)
-        if isinstance(batch, RowError):
-            raise batch
-        last = micro_step + 1 == args.gradient_accumulation_steps
-        with contextlib.nullcontext() if last else accelerator.no_sync(training.unet):
-            loss = batch_loss(args, accelerator, plan, training, batch) / args.gradient_accumulation_steps
-            accelerator.backward(loss)
-        window_loss += loss.detach()
-    grad_norm = accelerator.clip_grad_norm_(training.unet.parameters(), args.max_grad_norm)
+    """One update: all samples of the accumulation window; returns loss and gradient norm, left on the device."""
+    window = next(training.windows)
+    if isinstance(window, RowError):
+        raise window
+    inputs = prepare(args, accelerator, plan, training, window)
+    if training.graph is not None:
+        loss = training.graph.replay(inputs)
+    else:
+        loss = forward_backward(accelerator, training, inputs)
+    grad_norm = clip_gradients(args, accelerator, training)
     for group in training.optimizer.param_groups:
         group["lr"] = training.learning_rate(step - 1)
     training.optimizer.step()
     training.optimizer.zero_grad(set_to_none=True)
     if training.ema is not None:
         training.ema.update()
-    return window_loss, grad_norm.detach()
+    return loss, grad_norm
 
 
-def batch_loss(args, accelerator: Accelerator, plan: Plan, training: Training, batch: dict) -> torch.Tensor:
-    """The InstructPix2Pix objective on one micro-batch (section 3.2, equation 1), a scalar."""
+@torch.no_grad()
+def prepare(args, accelerator: Accelerator, plan: Plan, training: Training, window: dict) -> dict[str, torch.Tensor]:
+    """What the UNet is to see and to predict (InstructPix2Pix, section 3.2), for the W samples of a window.
+
+    Returns noisy (W, 2C, h, w): the noised latents beside the original's; timesteps (W,); text (W, L, D);
+    target (W, C, h, w); weights (W,) of the samples' losses.
+    """
     device = accelerator.device
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if torch.is_tensor(value)}
     if training.cache is not None:
-        text, image_latents, latents = training.cache.look_up(batch, device)
+        text, image_latents, latents = training.cache.look_up(window, device)
     else:
-        ids = components.tokenize(training.tokenizer, batch["instructions"]).to(device)
-        text = components.encode_text(training.text_encoder, ids)  # (B, L, D)
-        image_latents, latents = components.encode_pair(  # (B, C, h, w) each
-            training.vae,
-            to_unit_range(moved["original"]),
-            to_unit_range(moved["edited"]),
-            moved["posterior_noise"],
-        )
+        ids = components.tokenize(training.tokenizer, window["instructions"]).to(device)
+        text = components.encode_text(training.text_encoder, ids)
+        pairs_per_pass = max(1, components.PIXELS_PER_PASS // args.resolution**2)
+        columns = (window[name].split(pairs_per_pass) for name in ("original", "edited", "posterior_noise"))
+        encoded = []
+        for original, edited, posterior_noise in zip(*columns, strict=True):
+            original, edited = (to_unit_range(side.to(device, non_blocking=True)) for side in (original, edited))
+            noise = posterior_noise.to(device, non_blocking=True)
+            encoded.append(components.encode_pair(training.vae, original, edited, noise))
+        image_latents, latents = (torch.cat(side) for side in zip(*encoded, strict=True))
+    moved = {name: window[name].to(device, non_blocking=True) for name in ("noise", "timesteps", "dropout")}
     text, image_latents = drop_conditioning(
         text, image_latents, training.null_embedding, moved["dropout"], args.conditioning_dropout_prob
     )
     schedule = (moved["timesteps"], training.alphas_cumprod)
-    noisy = add_noise(latents, moved["noise"], *schedule)
-    prediction = training.unet(torch.cat([noisy, image_latents], dim=1), moved["timesteps"], text, return_dict=False)[0]
-    target = prediction_target(latents, moved["noise"], *schedule, plan.prediction_type)
-    weights = min_snr_weights(*schedule, args.snr_gamma, plan.prediction_type) if args.snr_gamma else None
-    return diffusion_loss(prediction, target, weights)
+    if args.snr_gamma:
+        weights = min_snr_weights(*schedule, args.snr_gamma, plan.prediction_type)
+    else:
+        weights = torch.ones_like(moved["dropout"])
+    return {
+        "noisy": torch.cat([add_noise(latents, moved["noise"], *schedule), image_latents], dim=1),
+        "timesteps": moved["timesteps"],
+        "text": text,
+        "target": prediction_target(latents, moved["noise"], *schedule, plan.prediction_type),
+        "weights": weights,
+    }
+
+
+def forward_backward(
+    accelerator: Accelerator, training: Training, inputs: dict[str, torch.Tensor], synchronise: bool = True
+) -> torch.Tensor:
+    """Predict, compare, and add up gradients, one micro-batch after another; returns the window's mean loss.
+
+    Processes exchange gradients in the last backward pass, unless `synchronise` is off.
+    """
+    micro_batches = list(zip(*(tensor.split(training.micro_batch_size) for tensor in inputs.values()), strict=True))
+    window_loss = torch.zeros((), device=accelerator.device)
+    for number, micro_batch in enumerate(micro_batches, start=1):
+        noisy, timesteps, text, target, weights = micro_batch
+        exchange = synchronise and number == len(micro_batches)
+        with contextlib.nullcontext() if exchange else accelerator.no_sync(training.unet):
+            prediction = training.predict(noisy, timesteps, text, return_dict=False)[0]
+            loss = diffusion_loss(prediction, target, weights) / len(micro_batches)
+            accelerator.backward(loss)
+        window_loss += loss.detach()
+    return window_loss
+
+
+def clip_gradients(args, accelerator: Accelerator, training: Training) -> torch.Tensor:
+    """Clip to --max_grad_norm; returns the norm before. PyTorch's fused AdamW divides by `grad_scale` while it reads
+    the gradients, which saves a pass over them."""
+    optimizer = training.optimizer.optimizer
+    accelerator.unscale_gradients(training.optimizer)
+    gradients = [p.grad for p in training.bare_unet.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.grad_scale = ((norm + 1e-6) / args.max_grad_norm).clamp(min=1.0)
+    else:
+        torch.nn.utils.clip_grads_with_norm_(training.bare_unet.parameters(), args.max_grad_norm, norm)
+    return norm
 
 
 # ---- between updates
 
 
 def save(args, accelerator: Accelerator, plan: Plan, training: Training, step: int) -> None:
-    """A checkpoint, with every process at the same update: replicas are equal, so the main one writes."""
+    """A checkpoint, with every process at the same update: replicas are equal, so the main one keeps a copy and writes
+    it in the background."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         write_checkpoint(args, accelerator, plan, training, step)
@@ -161,13 +217,7 @@ def write_checkpoint(args, accelerator: Accelerator, plan: Plan, training: Train
         "flags": resolved(args),
     }
     parts = (training.bare_unet, training.optimizer.optimizer, training.ema)
-    try:
-        checkpoints.save_checkpoint(Path(args.output_dir), state, *parts, args.checkpoints_total_limit)
-    except OSError as error:  # most often a full disk
-        raise UserError(
-            f"--output_dir: checkpoint-{step} cannot be written ({error}); the checkpoints before it are whole, make"
-            " room and go on with --resume_from_checkpoint latest"
-        ) from error
+    training.checkpoints.save(Path(args.output_dir), state, *parts, args.checkpoints_total_limit)
 
 
 def _validation_is_due(args, plan: Plan, step: int) -> bool:

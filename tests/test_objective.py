@@ -12,7 +12,7 @@ from instruct_pix2pix.components import widen_conv_in
 from instruct_pix2pix.conditioning import drop_conditioning, dropout_masks
 from instruct_pix2pix.ema import EMA, ema_decay
 from instruct_pix2pix.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
-from instruct_pix2pix.random_streams import SampleOrder, rank_positions, stream
+from instruct_pix2pix.random_streams import SampleOrder, stream, window_positions
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -143,15 +143,16 @@ def test_sample_order_visits_every_row_once_an_epoch_and_anew_each_epoch():
     assert epochs[0] != epochs[1] and [r for _, r in epochs[0]] != [r for _, r in epochs[1]]
 
 
-def test_ranks_and_micro_batches_share_out_every_position_exactly_once():
-    positions = [
-        p
+def test_ranks_and_windows_share_out_every_position_exactly_once():
+    windows = [
+        window_positions(100, step, batch_size=5, accumulation=2, rank=rank, world_size=4)
         for step in range(3)
-        for micro in range(2)
         for rank in range(4)
-        for p in rank_positions(100, step, micro, batch_size=5, accumulation=2, rank=rank, world_size=4)
     ]
-    assert positions == list(range(100, 100 + 3 * 2 * 4 * 5))
+    assert all(len(window) == 10 for window in windows)
+    assert sorted(sum(windows, [])) == list(range(100, 100 + 3 * 2 * 4 * 5))
+    # By the micro-batch: rank 1's second starts after all ranks' first.
+    assert windows[1] == [*range(105, 110), *range(125, 130)]
 
 
 def test_streams_are_independent_and_repeatable():

@@ -21,7 +21,7 @@ FLAGS = """
     dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
     push_to_hub hub_token hub_model_id logging_dir mixed_precision report_to local_rank
     checkpointing_steps checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
-    image_geometry cache_latents cached_crops dry_run
+    image_geometry cache_latents cached_crops max_micro_batch_size compile dry_run
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {
@@ -33,7 +33,6 @@ DEFAULTS = {
     "lr_scheduler": "constant",
     "lr_warmup_steps": 500,
     "conditioning_dropout_prob": 0.05,
-    "dataloader_num_workers": 0,
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_weight_decay": 1e-2,

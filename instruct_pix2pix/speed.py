@@ -1,0 +1,169 @@
+"""How the forward and backward passes of an update are run: in which micro-batches, compiled, as a CUDA graph.
+
+Nothing here changes what is computed, but for rounding. What cannot be had on a machine is said in one line and left out.
+"""
+
+import logging
+
+import torch
+
+from instruct_pix2pix.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_PASSES = 3  # before a CUDA graph is recorded: PyTorch's manual, "CUDA Graphs", asks for a few on a side stream
+
+
+def micro_batch_sizes(args) -> list[int]:
+    """Images a forward pass may have, the largest first: they divide what a process does in an update."""
+    window = args.train_batch_size * args.gradient_accumulation_steps
+    if args.max_micro_batch_size is None:
+        return [args.train_batch_size]
+    divisors = [size for size in range(window, 0, -1) if window % size == 0]
+    if args.max_micro_batch_size == "auto":
+        return divisors
+    return [size for size in divisors if size <= args.max_micro_batch_size][:1]
+
+
+def settle(args, accelerator, plan, training, passes) -> None:
+    """Before the first update: choose the micro-batch, compile, record the CUDA graph, as far as asked for.
+
+    `passes(accelerator, training, inputs)` runs the forward and backward passes of an update. It is tried on inputs of
+    zeros; the gradients of that are thrown away.
+    """
+    sizes = micro_batch_sizes(args)
+    training.micro_batch_size = sizes[0]
+    on_gpu = accelerator.device.type == "cuda"
+    inputs = _blank_inputs(args, plan, training)
+    if on_gpu and len(sizes) > 1:
+        training.micro_batch_size = _largest_that_fits(sizes, accelerator, training, passes, inputs)
+        logger.info("--max_micro_batch_size auto: %d images in a forward pass", training.micro_batch_size)
+    if not args.compile:
+        return
+    logger.info("compiling the UNet")
+    training.predict = torch.compile(training.unet)
+    try:
+        _try_passes(accelerator, training, passes, inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler that is missing or fails raises something of its own at every stage
+        training.predict = training.unet
+        logger.warning("--compile: the compiler failed (%s); going on without it", _first_line(error))
+    if on_gpu and accelerator.num_processes == 1:
+        if args.gradient_checkpointing:
+            logger.info("--compile: no CUDA graph with --gradient_checkpointing, which saves random states underway")
+            return
+        try:
+            training.graph = PassesGraph(accelerator, training, passes, inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            training.optimizer.zero_grad(set_to_none=True)
+            logger.warning("--compile: no CUDA graph (%s); going on without it", _first_line(error))
+
+
+class PassesGraph:
+    """The passes of an update, recorded once as a CUDA graph: the host then launches one thing instead of thousands.
+
+    Inputs are copied to where the recording read them. Gradients are where the recording wrote them, and are handed to
+    the parameters after each replay, so that the optimizer may drop them as ever.
+    """
+
+    def __init__(self, accelerator, training, passes, inputs: dict[str, torch.Tensor]):
+        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+        self.parameters = [p for p in training.bare_unet.parameters() if p.requires_grad]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP_PASSES):
+                passes(accelerator, training, self.inputs)
+                training.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = passes(accelerator, training, self.inputs)
+        self.gradients = [p.grad for p in self.parameters]
+        training.optimizer.zero_grad(set_to_none=True)
+
+    def replay(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss of an update; the gradients are in the parameters."""
+        for name, tensor in inputs.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.loss.clone()
+
+
+def out_of_memory(args) -> UserError:
+    """What a GPU that is too small for a run's flags is answered with: the flags that help and are not used yet."""
+    helps = {
+        f"--train_batch_size below {args.train_batch_size}, with more --gradient_accumulation_steps": (
+            args.train_batch_size > 1 and args.max_micro_batch_size is None
+        ),
+        "--max_micro_batch_size auto": args.max_micro_batch_size not in (None, "auto"),
+        "--gradient_checkpointing": not args.gradient_checkpointing,
+        "--mixed_precision bf16": args.mixed_precision == "no",
+        "--cache_latents": not args.cache_latents,
+        "--offload_ema": args.use_ema and not args.offload_ema,
+        "--use_8bit_adam": not args.use_8bit_adam,
+    }
+    remedies = [flag for flag, unused in helps.items() if unused] or ["a smaller --resolution"]
+    return UserError(
+        f"--resolution: {args.resolution} pixels with these flags do not fit into the GPU's memory; what helps:"
+        f" {', '.join(remedies)}"
+    )
+
+
+def _blank_inputs(args, plan, training) -> dict[str, torch.Tensor]:
+    """Zeros of the shapes that the passes of an update get: see trainer.prepare."""
+    window = args.train_batch_size * args.gradient_accumulation_steps
+    channels = training.vae.config.latent_channels
+    device = training.null_embedding.device
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(window, *shape, dtype=dtype, device=device)
+
+    return {
+        "noisy": zeros(2 * channels, plan.latent_side, plan.latent_side),
+        "timesteps": zeros(dtype=torch.long),
+        "text": training.null_embedding.expand(window, -1, -1).contiguous(),
+        "target": zeros(channels, plan.latent_side, plan.latent_side),
+        "weights": zeros(),
+    }
+
+
+def _try_passes(accelerator, training, passes, inputs) -> None:
+    """Run the passes for nothing; between processes nothing is exchanged, so that none waits for another."""
+    try:
+        with accelerator.no_sync(training.unet):
+            passes(accelerator, training, inputs, synchronise=False)
+    finally:
+        training.optimizer.zero_grad(set_to_none=True)
+
+
+def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) -> int:
+    """The first of `sizes` for which the passes run on every process, with room left for the optimizer's state."""
+    reserve = 0
+    if not training.optimizer.optimizer.state:
+        moments = 2 if isinstance(training.optimizer.optimizer, torch.optim.AdamW) else 0.5  # float32, or 8 bits each
+        reserve = int(moments * sum(p.numel() for p in training.bare_unet.parameters()))
+    for size in sizes:
+        training.micro_batch_size = size
+        fits = torch.ones((), device=accelerator.device)
+        try:
+            state = torch.empty(reserve, device=accelerator.device)
+            _try_passes(accelerator, training, passes, inputs)
+            del state
+        except torch.OutOfMemoryError:
+            fits.zero_()
+            state = None
+        torch.cuda.empty_cache()
+        if accelerator.gather(fits).min():
+            return size
+    raise torch.OutOfMemoryError("not even one image fits")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:200]
