@@ -4,6 +4,7 @@ Nothing here changes what is computed, but for rounding. What cannot be had on a
 """
 
 import logging
+import warnings
 
 import torch
 
@@ -43,7 +44,9 @@ def settle(args, accelerator, plan, training, passes) -> None:
     logger.info("compiling the UNet")
     training.predict = torch.compile(training.unet)
     try:
-        _try_passes(accelerator, training, passes, inputs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler's remarks about the libraries' code
+            _try_passes(accelerator, training, passes, inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler that is missing or fails raises something of its own at every stage

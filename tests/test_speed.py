@@ -1,0 +1,206 @@
+"""Micro-batches, compilation, memory and checkpoints in the background: faster, and the same numbers."""
+
+import logging
+import threading
+import types
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import assert_same_tensors, losses
+from safetensors.torch import load_file
+
+from instruct_pix2pix import checkpoint as checkpoints
+from instruct_pix2pix import speed
+from instruct_pix2pix.errors import UserError
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+# ---- micro-batches
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulation", "most", "sizes"),
+    [
+        (2, 4, None, [2]),
+        (2, 4, 8, [8]),
+        (2, 4, 7, [4]),
+        (2, 4, 1, [1]),
+        (3, 2, 4, [3]),
+        (2, 4, "auto", [8, 4, 2, 1]),
+    ],
+)
+def test_micro_batches_divide_what_an_update_does(batch, accumulation, most, sizes):
+    args = types.SimpleNamespace(
+        train_batch_size=batch, gradient_accumulation_steps=accumulation, max_micro_batch_size=most
+    )
+    assert speed.micro_batch_sizes(args) == sizes
+
+
+def test_merged_and_split_micro_batches_train_what_the_given_ones_do(small_run):
+    flags = {"gradient_accumulation_steps": 3, "use_ema": True, "snr_gamma": 5.0, "conditioning_dropout_prob": 0.3}
+    plain = small_run(name="plain", **flags)
+    for most in ("auto", 3, 1):
+        other = small_run(name=f"at-most-{most}", max_micro_batch_size=most, **flags)
+        assert losses(other) == pytest.approx(losses(plain), abs=1e-6)
+        theirs, ours = load_file(plain / UNET), load_file(other / UNET)
+        # AdamW's first steps are nearly +-1e-3 whatever the gradient, so rounding in tiny ones shows up larger.
+        assert max((theirs[name] - ours[name]).abs().max() for name in ours) < 1e-4
+
+
+def test_the_largest_micro_batch_that_fits_is_found_and_leaves_no_gradient():
+    unet = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(unet.parameters())
+    training = types.SimpleNamespace(unet=unet, bare_unet=unet, micro_batch_size=0)
+    training.optimizer = types.SimpleNamespace(optimizer=optimizer, zero_grad=optimizer.zero_grad)
+    tried = []
+
+    def passes(accelerator, training, inputs, synchronise):
+        tried.append(training.micro_batch_size)
+        training.unet(inputs["noisy"]).sum().backward()
+        if training.micro_batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    find = partial(speed._largest_that_fits, accelerator=Accelerator(cpu=True), training=training, passes=passes)
+    inputs = {"noisy": torch.zeros(8, 3)}
+    assert find([8, 4, 2, 1], inputs=inputs) == 2 and tried == [8, 4, 2]
+    assert all(p.grad is None for p in unet.parameters())
+    with pytest.raises(torch.OutOfMemoryError):
+        find([8, 4], inputs=inputs)
+
+
+def test_micro_batches_that_make_no_sense(small_run):
+    with pytest.raises(UserError, match="--max_micro_batch_size: 0 is too small"):
+        small_run(max_micro_batch_size=0)
+    with pytest.raises(UserError, match="--max_micro_batch_size: invalid number or auto value: 'some'"):
+        small_run(max_micro_batch_size="some")
+
+
+# ---- compilation
+
+
+@pytest.mark.slow
+def test_compiled_training_is_eager_training(small_run, monkeypatch):
+    """Traced and differentiated by PyTorch's compiler under autocast, but for the C++ that takes minutes to build."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    flags = {"use_ema": True, "mixed_precision": "bf16", "max_train_steps": 2}
+    eager = small_run(name="eager", **flags)
+    compiled = small_run(name="compiled", compile=True, **flags)
+    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-3)
+    assert load_file(compiled / UNET).keys() == load_file(eager / UNET).keys()
+
+
+def test_a_compiler_that_fails_is_one_line_and_training_goes_on(small_run, monkeypatch, caplog):
+    def broken(*_):
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    eager = small_run(name="eager")
+    fallen_back = small_run(name="compiled", compile=True)
+    assert_same_tensors(eager / UNET, fallen_back / UNET)
+    (warning,) = [record.getMessage() for record in caplog.records if "--compile" in record.getMessage()]
+    assert "the compiler failed" in warning and "going on without it" in warning and "\n" not in warning
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_cuda_graph_computes_what_eager_passes_do(precision, small_run, caplog):
+    caplog.set_level(logging.INFO)
+    flags = {"use_ema": True, "mixed_precision": precision, "max_train_steps": 30, "max_micro_batch_size": "auto"}
+    eager = small_run(name="eager", **flags)
+    graphed = small_run(name="graphed", compile=True, **flags)
+    assert "going on without it" not in caplog.text
+    assert losses(graphed) == pytest.approx(losses(eager), abs=1e-3 if precision == "no" else 2e-2)
+
+
+# ---- memory
+
+
+def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run, monkeypatch, tmp_path):
+    from instruct_pix2pix import trainer
+
+    real, calls = trainer.forward_backward, []
+
+    def full_the_third_time(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(*arguments)
+
+    monkeypatch.setattr(trainer, "forward_backward", full_the_third_time)
+    with pytest.raises(UserError) as caught:
+        small_run(use_ema=True, gradient_checkpointing=True)
+    message = str(caught.value)
+    assert message.startswith("--resolution: 64 pixels") and "\n" not in message
+    assert "--train_batch_size below 2" in message and "--offload_ema" in message and "--use_8bit_adam" in message
+    assert "--gradient_checkpointing" not in message.replace("--gradient_accumulation_steps", "")
+    (kept,) = checkpoints.list_checkpoints(tmp_path / "run")
+    assert kept.name == "checkpoint-2"
+    monkeypatch.setattr(trainer, "forward_backward", real)
+    flags = {"use_ema": True, "gradient_checkpointing": True}
+    resumed = small_run(resume_from_checkpoint="latest", **flags)
+    assert_same_tensors(resumed / UNET, small_run(name="whole", **flags) / UNET)
+
+
+# ---- checkpoints in the background
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(small_run, monkeypatch):
+    """The checkpoint of update 2 is held up until update 3 is done, and still holds update 2."""
+    from instruct_pix2pix import trainer
+
+    flags = {"use_ema": True, "checkpointing_steps": 2}
+    first = small_run(name="first", max_train_steps=2, **flags) / "checkpoint-2"
+
+    update, write, third_is_done = trainer.update, checkpoints._write, threading.Event()
+
+    def noted_update(*arguments):
+        result = update(*arguments)
+        if arguments[-1] == 3:
+            third_is_done.set()
+        return result
+
+    def late_write(*arguments):
+        assert third_is_done.wait(timeout=60)
+        write(*arguments)
+
+    monkeypatch.setattr(trainer, "update", noted_update)
+    monkeypatch.setattr(checkpoints, "_write", late_write)
+    late = small_run(name="late", max_train_steps=3, **flags) / "checkpoint-2"
+    for file in (UNET, "ema.safetensors", "optimizer.safetensors"):
+        assert_same_tensors(first / file, late / file)
+
+
+def test_a_checkpoint_that_cannot_be_copied_is_written_at_once(small_run, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="instruct_pix2pix")
+    monkeypatch.setattr(checkpoints, "SHARE_OF_MEMORY", 0)
+    at_once = small_run(name="at_once", use_ema=True, checkpointing_steps=2)
+    assert "checkpoint-2 is written while training waits" in caplog.text
+    copied = small_run(name="copied", use_ema=True, checkpointing_steps=2)
+    for file in (UNET, "ema.safetensors", "optimizer.safetensors"):
+        for step in (2, 4):
+            first, second = (run / f"checkpoint-{step}" / file for run in (at_once, copied))
+            assert_same_tensors(first, second)
+
+
+def test_moments_come_back_laid_out_as_their_parameters_are(tmp_path):
+    """channels_last, which --compile uses on a GPU: kernels that fuse tensors want one layout."""
+
+    def build(layout):
+        model = torch.nn.Conv2d(4, 8, 3).to(memory_format=layout)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        model(torch.ones(1, 4, 5, 5)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, optimizer = build(torch.contiguous_format)
+    names = [name for name, _ in model.named_parameters()]
+    tensors, rest = checkpoints._flatten_optimizer(optimizer, names)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    model, optimizer = build(torch.channels_last)
+    checkpoints._restore_optimizer(optimizer, names, tensors, rest)
+    moment = optimizer.state[model.weight]["exp_avg"]
+    assert moment.stride() == model.weight.stride() and torch.equal(moment, tensors["weight/exp_avg"])
