@@ -7,7 +7,8 @@ Same random weights, same pairs, same number of images per update, learning rate
 identical            the same flags on both sides: one micro-batch, no gradient checkpointing, --center_crop
 identical_uncached   the same, and this project's latent cache turned off
 recipe               each side's own way to 8 images an update: there 2 x 4 with gradient checkpointing, as published;
-                     here one micro-batch, a squashed picture like there, mirrored half of the time, from the cache
+                     here as recipes/ has it, 2 x 4 merged into what fits, from a cache of four crops of each pair;
+                     --compile adds that flag here, for a GPU
 
 A time is the mean over updates 11 and later of one run, by the wall clock; each side's is the median of its runs. Where
 a machine does other things meanwhile, each side's fastest run says more, so the ratio of these is printed too. The
@@ -32,7 +33,13 @@ COMPARISONS = {  # name: flags of the reference, flags of this project
     ),
     "recipe": (
         ["--train_batch_size=2", "--gradient_accumulation_steps=4", "--gradient_checkpointing", "--random_flip"],
-        ["--train_batch_size=8", "--image_geometry=squash", "--random_flip", "--cache_latents"],
+        [
+            "--train_batch_size=2",
+            "--gradient_accumulation_steps=4",
+            "--max_micro_batch_size=auto",
+            "--random_flip",
+            "--cached_crops=4",
+        ],
     ),
 }
 WARM_UP = 10  # updates before the clock counts; this project's log writes a line for every ten
@@ -52,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
     what.add_argument("--resolution", type=int, help="64 for small, 256 for sd15.")
     what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="Of both sides.")
+    what.add_argument("--compile", action="store_true", help="This project's side of `recipe` with --compile.")
     how = parser.add_argument_group("how it is timed")
     how.add_argument("--updates", type=int, default=20, help="Updates of a run; the first ten do not count.")
     how.add_argument("--repeats", type=int, default=3, help="Runs of each side.")
@@ -130,6 +138,8 @@ def main(argv: list[str] | None = None) -> None:
                     output_dir = folder / f"compare-{side}"
                     shutil.rmtree(output_dir, ignore_errors=True)
                     flags = [*common_flags(args, model, data, output_dir), *flags]
+                    if args.compile and (name, side) == ("recipe", "ours"):
+                        flags.append("--compile")
                     timed = time_reference(args, flags) if side == "reference" else time_ours(args, flags, output_dir)
                     times[side].append(round(timed, 4))
                     progress.update(1)

@@ -38,6 +38,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--accumulation", type=int, default=1, help="Micro-batches per update.")
     what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 on a GPU, no on a CPU.")
     what.add_argument("--gradient_checkpointing", action="store_true", help="As in training.")
+    what.add_argument("--max_micro_batch_size", help="As in training: a number, or auto.")
+    what.add_argument("--compile", action="store_true", help="As in training: compiled, channels_last, CUDA graph.")
     what.add_argument("--no_ema", action="store_true", help="Leave the average out.")
     what.add_argument("--no_cache", action="store_true", help="Decode images and run the frozen encoders.")
     what.add_argument("--num_workers", type=int, default=0, help="Processes that load data.")
@@ -76,7 +78,9 @@ def training_flags(args, model: Path, data, output_dir: Path, updates: int) -> l
         "--report_to=none",
         "--no-cache_latents" if args.no_cache else "--cache_latents",
     ]
-    flags += ["--gradient_checkpointing"] if args.gradient_checkpointing else []
+    if args.max_micro_batch_size is not None:
+        flags += [f"--max_micro_batch_size={args.max_micro_batch_size}"]
+    flags += [f"--{name}" for name in ("gradient_checkpointing", "compile") if getattr(args, name)]
     return flags + ([] if args.no_ema else ["--use_ema"])
 
 
@@ -170,7 +174,7 @@ def main(argv: list[str] | None = None) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks import machine, models
-    from instruct_pix2pix import components, options, preparation, trainer
+    from instruct_pix2pix import components, options, preparation, speed, trainer
 
     if args.mixed_precision is None:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
@@ -188,6 +192,7 @@ def main(argv: list[str] | None = None) -> dict:
     device = accelerator.device
     plan = preparation.check(flags, accelerator, expected_in_channels=4)
     training = preparation.build(flags, accelerator, plan)
+    speed.settle(flags, accelerator, plan, training, trainer.forward_backward)
     step = 0
 
     def run(count: int) -> list[float]:
@@ -215,8 +220,11 @@ def main(argv: list[str] | None = None) -> dict:
         total = 1000 * (time.perf_counter() - start) / args.updates
     else:
         total = 1000 * statistics.median(run(args.updates))
+    graph, predict = training.graph, training.predict
+    training.graph, training.predict = None, training.unet  # operations are counted as they are dispatched
     with FlopCounterMode(display=False) as counted:
         run(1)
+    training.graph, training.predict = graph, predict
 
     stages = Stages(device.type == "cuda")
     training.windows = stages.around_next(training.windows, "data")
@@ -225,8 +233,14 @@ def main(argv: list[str] | None = None) -> dict:
     stages.around(components, "tokenize", "tokenizer and text encoder")
     stages.around(components, "encode_text", "tokenizer and text encoder")
     stages.around(components, "encode_pair", "VAE")
-    stages.around_forward(training.bare_unet, "UNet forward")
-    stages.around(accelerator, "backward", "backward")
+    if training.graph is not None:
+        stages.around(training.graph, "replay", "UNet forward and backward")
+    elif training.predict is not training.unet:
+        stages.around(training, "predict", "UNet forward")
+    else:
+        stages.around_forward(training.bare_unet, "UNet forward")
+    if training.graph is None:
+        stages.around(accelerator, "backward", "backward")
     stages.around(trainer, "clip_gradients", "clip")
     stages.around(training.optimizer, "step", "AdamW")
     if training.ema is not None:
@@ -242,7 +256,10 @@ def main(argv: list[str] | None = None) -> dict:
         "size": args.size,
         "resolution": args.resolution,
         "images_per_update": plan.effective_batch,
-        "micro_batches": args.accumulation,
+        "micro_batch_size": training.micro_batch_size,
+        "compiled": training.predict is not training.unet,
+        "cuda_graph": training.graph is not None,
+        "gradient_checkpointing": args.gradient_checkpointing,
         "mixed_precision": args.mixed_precision,
         "cached": training.cache is not None,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",

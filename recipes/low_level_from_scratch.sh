@@ -23,8 +23,8 @@ accelerate launch --mixed_precision="$MIXED_PRECISION" train_instruct_pix2pix.py
   --image_geometry=crop \
   --use_ema \
   --enable_xformers_memory_efficient_attention \
-  --resolution=256 --random_flip \
-  --train_batch_size=2 --gradient_accumulation_steps=4 --gradient_checkpointing \
+  --resolution=256 --random_flip --cached_crops=4 \
+  --train_batch_size=2 --gradient_accumulation_steps=4 --max_micro_batch_size=auto \
   --max_train_steps="$MAX_TRAIN_STEPS" \
   --checkpointing_steps=5000 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
   --learning_rate=5e-05 --lr_warmup_steps=0 \
