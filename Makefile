@@ -31,11 +31,12 @@ quickstart-control: $(VENV)/.installed
 tiny-base: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/tiny_base.sh
 
+# Two workers on two cores; each loads its own libraries, a gigabyte, so no more than eight.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 test-fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """How the forward and backward passes of an update are run: in which micro-batches, compiled, as a CUDA graph.
 
-Nothing here changes what is computed, but for rounding. What cannot be had on a machine is said in one line and left out.
+Nothing here changes what is computed, but for rounding. What a machine cannot do is said in one line and left out.
 """
 
 import logging
@@ -136,12 +136,13 @@ def _blank_inputs(args, plan, training) -> dict[str, torch.Tensor]:
     }
 
 
-def _try_passes(accelerator, training, passes, inputs) -> None:
-    """Run the passes for nothing; between processes nothing is exchanged, so that none waits for another."""
+def _try_passes(accelerator, training, passes, inputs, reserve: int = 0) -> None:
+    """Run the passes for nothing, beside `reserve` float32 numbers. Processes exchange nothing: none waits."""
+    held = torch.empty(reserve, device=accelerator.device)
     try:
-        with accelerator.no_sync(training.unet):
-            passes(accelerator, training, inputs, synchronise=False)
+        passes(accelerator, training, inputs, synchronise=False)
     finally:
+        del held
         training.optimizer.zero_grad(set_to_none=True)
 
 
@@ -155,12 +156,9 @@ def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) 
         training.micro_batch_size = size
         fits = torch.ones((), device=accelerator.device)
         try:
-            state = torch.empty(reserve, device=accelerator.device)
-            _try_passes(accelerator, training, passes, inputs)
-            del state
+            _try_passes(accelerator, training, passes, inputs, reserve)
         except torch.OutOfMemoryError:
             fits.zero_()
-            state = None
         torch.cuda.empty_cache()
         if accelerator.gather(fits).min():
             return size

@@ -5,6 +5,9 @@
 #     bash recipes/cartoonizer_from_scratch.sh                   # as published
 #     bash recipes/cartoonizer_from_scratch.sh --push_to_hub     # and upload it: further flags go to the script, the last one wins
 #     MAX_TRAIN_STEPS=1000 OUTPUT_DIR=/data/try bash recipes/cartoonizer_from_scratch.sh
+#
+# Latents of four random crops of each pair, mirrored and not, are encoded once; forward passes are as large as fit. For a
+# GPU of 16 GB add --offload_ema --use_8bit_adam; --compile is worth a try on a long run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
