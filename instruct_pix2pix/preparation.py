@@ -227,13 +227,16 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
         text_encoder.to("cpu")
 
     unet = components.load_unet(args, plan.checkpoint)
-    if args.enable_xformers_memory_efficient_attention:
+    if args.compile and args.enable_xformers_memory_efficient_attention:
+        logger.info("--compile: PyTorch's attention, as lean as xformers', which the compiler cannot look into")
+    elif args.enable_xformers_memory_efficient_attention:
         components.enable_memory_efficient_attention(unet)
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
     if args.compile and accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)  # slower on a CPU
+        torch.backends.cudnn.benchmark = True  # shapes never change
     optimizer = _build_optimizer(args, unet)
     learning_rate = _learning_rate_schedule(args, optimizer)
     unet, optimizer = accelerator.prepare(unet, optimizer)
