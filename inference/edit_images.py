@@ -248,6 +248,13 @@ def parse_arguments(argv: list[str] | None):
     speed.add_argument(
         "--batch_size", type=editing.whole_number(1), default=4, help="images of one size edited at a time"
     )
+    speed.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the UNet's transformer blocks with torch.compile: costs up to minutes at the first batch and "
+        "at some later ones of another size, so it is for many images of few sizes; where the compiler fails, "
+        "editing goes on without it",
+    )
     args = parser.parse_intermixed_args(argv)
 
     if (args.instruction is None) == (args.instructions_file is None):
@@ -289,7 +296,7 @@ def one_ahead(pool: Executor, function, items):
 
 
 def load_model(parser, args):
-    """The pipeline, on CUDA in half precision or on the CPU in single precision."""
+    """The pipeline, on CUDA in half precision or on the CPU in single precision, to be compiled if asked for."""
     import torch
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
@@ -299,7 +306,18 @@ def load_model(parser, args):
     except Exception as error:  # a damaged folder fails in many ways
         parser.error(editing.model_error(args.model_id, error))
     pipeline.to(device).set_progress_bar_config(disable=True)
+    if args.compile:
+        try:
+            # Blocks that are alike are compiled once. To compile the UNet in one piece takes several times as long.
+            pipeline.unet.compile_repeated_blocks()
+        except Exception as error:  # a UNet without such blocks, a platform without a compiler
+            parser.warn(f"--compile: {compiler_error(error)}; editing goes on without it")
     return pipeline
+
+
+def compiler_error(error: Exception) -> str:
+    """What went wrong in a compiler, without what torch.compile wraps around it."""
+    return editing.first_line(getattr(error, "inner_exception", error))
 
 
 def edit_all(parser, pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[int, int]]):
@@ -313,7 +331,7 @@ def edit_all(parser, pipeline, args, settings: dict[Edit, dict], sizes: dict[Edi
 
     made: list[Edit] = []
     left_out: dict[str, str] = {}
-    edited = 0
+    compiled, edited = args.compile, 0
     bar = tqdm(
         total=len(sizes),
         desc="editing",
@@ -334,6 +352,21 @@ def edit_all(parser, pipeline, args, settings: dict[Edit, dict], sizes: dict[Edi
         stack.enter_context(bar)
         stack.enter_context(skip_needless_branch(pipeline.unet, args.guidance_scale, args.image_guidance_scale))
 
+        def edit_with_fallback(*arguments):
+            nonlocal compiled
+            try:
+                return edit_batch(pipeline, *arguments, args, show_progress)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers fail in many ways, at the first batch or at a later size
+                if not compiled:
+                    raise
+                compiled = False
+                bar.clear()  # its line makes room for the warning's
+                parser.warn(f"--compile: {compiler_error(error)}; editing goes on without it")
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                return edit_batch(pipeline, *arguments, args, show_progress)
+
         read = partial(read_batch, sizes=sizes, multiple=multiple, args=args)
         for batch, (images, unreadable) in zip(batches, one_ahead(background, read, batches), strict=True):
             left_out |= unreadable
@@ -343,9 +376,7 @@ def edit_all(parser, pipeline, args, settings: dict[Edit, dict], sizes: dict[Edi
             instructions = [edit.instruction for edit in images]
             seeds = [noise_seed(args.seed, settings[edit]["input_sha256"]) for edit in images]
             try:
-                results = edit_batch(
-                    pipeline, instructions, [image for image, _ in images.values()], seeds, args, show_progress
-                )
+                results = edit_with_fallback(instructions, [image for image, _ in images.values()], seeds)
             except torch.OutOfMemoryError:
                 parser.error(
                     f"--batch_size: {len(images)} images at a time do not fit into the GPU's memory; "

@@ -477,6 +477,56 @@ def test_edit_images_skips_the_branch_and_agrees_with_the_snippet(model, photos,
     assert np.abs(pixels(tmp_path / "snippet.png") - pixels(tmp_path / "out" / record["output"])).max() <= 1
 
 
+@pytest.fixture
+def fresh_compiler(tmp_path, monkeypatch):
+    """Nothing compiled before, in this process or on the disk, and nothing left behind."""
+    import torch
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_edits_agree(edited, model, photos, tmp_path, fresh_compiler, capsys):
+    import torch
+
+    command = [photos / "a.png", photos / "b.jpg", "--instruction", "Cartoonize the image"]
+    edit(model, *command, "--output_dir", tmp_path / "out", "--compile")
+    assert "warning" not in capsys.readouterr().err
+    assert torch._dynamo.utils.counters["inductor"]  # its optimizations were at work
+    for name in ("a.png", "b.png"):
+        assert np.abs(pixels(tmp_path / "out" / name) - pixels(edited / name)).max() <= 1
+
+
+def test_a_failing_compiler_loses_no_edit(edited, model, photos, tmp_path, fresh_compiler, monkeypatch, capsys):
+    import torch
+
+    def fail(*_, **__):
+        raise RuntimeError("no such thing\nas a compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    command = [photos, "--instruction", "Cartoonize the image", "--output_dir", tmp_path / "out", "--batch_size", 3]
+    edit(model, *command, "--compile")
+    said = capsys.readouterr()
+    warnings = [line for line in said.err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].endswith("edit_images.py: warning: --compile: no such thing; editing goes on without it")
+    assert "5 edited, 0 there before, 0 images left out" in said.out
+    for name in OUTPUTS:
+        assert np.array_equal(pixels(tmp_path / "out" / name), pixels(edited / name))
+
+
+def test_a_mistake_of_the_model_is_not_the_compilers(model, photos, tmp_path, monkeypatch):
+    """What fails without the compiler too comes out as it is."""
+    monkeypatch.setattr(edit_images, "edit_batch", lambda *_: 1 / 0)
+    for flags in ([], ["--compile"]):
+        with pytest.raises(ZeroDivisionError):
+            edit(model, photos, "--instruction", "x", "--output_dir", tmp_path / "out", *flags)
+
+
 def test_one_batch_is_read_ahead():
     read = {number: threading.Event() for number in range(4)}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
