@@ -15,6 +15,10 @@ own names, an image's several instructions get a folder each, and a.jpg beside a
 noise of an image depends on --seed and on its file's bytes alone, not on the batch, the order or the other
 images. Sizes that the model cannot take are padded, and cropped again.
 
+Speed: images of one size are edited together, while the next are read and the last are written. With
+--image_guidance_scale 1, or equal to --guidance_scale, the model is asked for two predictions a step instead
+of three: the third has no part in the result.
+
 Resuming: OUTPUT_DIR/edits.jsonl says how every output was made, and the same command again makes what is
 missing. An output made with other settings stops the run (--overwrite makes it again), and a file that this
 script did not make is never overwritten. Images that cannot be read are left out and listed at the end.
