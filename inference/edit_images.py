@@ -256,8 +256,8 @@ def parse_arguments(argv: list[str] | None):
         "--compile",
         action="store_true",
         help="compile the UNet's transformer blocks with torch.compile: costs up to minutes at the first batch and "
-        "at some later ones of another size, so it is for many images of few sizes; where the compiler fails, "
-        "editing goes on without it",
+        "at few later ones of another size, so it is for many images; where the compiler fails, editing goes on "
+        "without it",
     )
     args = parser.parse_intermixed_args(argv)
 
@@ -313,7 +313,10 @@ def load_model(parser, args):
     if args.compile:
         try:
             # Blocks that are alike are compiled once. To compile the UNet in one piece takes several times as long.
-            pipeline.unet.compile_repeated_blocks()
+            # Without `dynamic` the second size, and the first smaller batch, would compile them all again; and blocks
+            # of every width count against one limit, above which nothing more is compiled.
+            torch._dynamo.config.recompile_limit = 64
+            pipeline.unet.compile_repeated_blocks(dynamic=True)
         except Exception as error:  # a UNet without such blocks, a platform without a compiler
             parser.warn(f"--compile: {compiler_error(error)}; editing goes on without it")
     return pipeline

@@ -501,6 +501,27 @@ def test_compiled_edits_agree(edited, model, photos, tmp_path, fresh_compiler, c
         assert np.abs(pixels(tmp_path / "out" / name) - pixels(edited / name)).max() <= 1
 
 
+def test_images_of_many_sizes_share_what_is_compiled(model, photos, tmp_path, fresh_compiler, monkeypatch, capfd):
+    """A second size and a smaller batch do not compile every block anew."""
+    import torch
+
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    counts = {}
+    for name, images in {"one size": [photos / "a.png", photos / "b.jpg"], "three sizes": [photos]}.items():
+        torch._dynamo.reset()
+        graphs.clear()
+        edit(model, *images, "--instruction", "x", "--output_dir", tmp_path / name, "--batch_size", 2, "--compile")
+        counts[name] = len(graphs)
+    assert 0 < counts["three sizes"] < 2 * counts["one size"], counts
+    assert "recompile_limit" not in capfd.readouterr().err
+
+
 def test_a_failing_compiler_loses_no_edit(edited, model, photos, tmp_path, fresh_compiler, monkeypatch, capsys):
     import torch
 
