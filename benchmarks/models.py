@@ -14,31 +14,34 @@ SIZES = {
 }
 
 
-def model_folder(size: str, folder: Path) -> Path:
-    """A complete 4-channel Stable Diffusion pipeline of a size of SIZES in folder/<size>, built once."""
-    path = Path(folder) / size
+def model_folder(size: str, folder: Path, in_channels: int = 4) -> Path:
+    """A complete pipeline of a size of SIZES, built once in `folder`.
+
+    Stable Diffusion, in folder/<size>, for 4 channels; InstructPix2Pix, in folder/<size>-edit, for 8.
+    """
+    path = Path(folder) / {4: size, 8: f"{size}-edit"}[in_channels]
     if path.is_dir():
         return path
     partial = path.with_name(f".{size}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    build_pipeline(**SIZES[size]).save_pretrained(partial)
+    build_pipeline(**SIZES[size], in_channels=in_channels).save_pretrained(partial)
     os.replace(partial, path)
     return path
 
 
-def build_pipeline(unet: tuple, vae: tuple, text: tuple, seed: int = 0):
-    """StableDiffusionPipeline with random weights fixed by `seed`; the arguments are a row of SIZES."""
+def build_pipeline(unet: tuple, vae: tuple, text: tuple, in_channels: int = 4, seed: int = 0):
+    """A pipeline with random weights fixed by `seed`, of 4 or 8 channels; the first arguments are a row of SIZES."""
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tools.build_tiny_base import build_tokenizer
+    from tools.build_tiny_base import assemble, build_tokenizer
 
     tokenizer = build_tokenizer()
     width, layers, heads = text
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return StableDiffusionPipeline(
+        return assemble(
             vae=AutoencoderKL(
                 block_out_channels=vae,
                 down_block_types=("DownEncoderBlock2D",) * 4,
@@ -59,13 +62,10 @@ def build_pipeline(unet: tuple, vae: tuple, text: tuple, seed: int = 0):
                 )
             ),
             tokenizer=tokenizer,
-            unet=UNet2DConditionModel(block_out_channels=unet, cross_attention_dim=width),
+            unet=UNet2DConditionModel(in_channels=in_channels, block_out_channels=unet, cross_attention_dim=width),
             scheduler=DDPMScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
             ),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
         )
 
 

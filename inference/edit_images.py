@@ -15,6 +15,10 @@ own names, an image's several instructions get a folder each, and a.jpg beside a
 noise of an image depends on --seed and on its file's bytes alone, not on the batch, the order or the other
 images. Sizes that the model cannot take are padded, and cropped again.
 
+Speed: images of one size are edited together, while the next are read and the last are written. With
+--image_guidance_scale 1, or equal to --guidance_scale, the model is asked for two predictions a step instead
+of three: the third has no part in the result.
+
 Resuming: OUTPUT_DIR/edits.jsonl says how every output was made, and the same command again makes what is
 missing. An output made with other settings stops the run (--overwrite makes it again), and a file that this
 script did not make is never overwritten. Images that cannot be read are left out and listed at the end.
@@ -22,9 +26,12 @@ script did not make is never overwritten. Images that cannot be read are left ou
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import sys
 import time
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -75,39 +82,108 @@ def make_batches(sizes: dict[Edit, tuple[int, int]], multiple: int, batch_size: 
     ]
 
 
-def edit_batch(pipeline, images: dict[Edit, Image.Image], seeds: list[int], args, on_step) -> list:
-    """Edit upright RGB images that fit to one size: each in its own size again, or a text saying why not.
+@contextlib.contextmanager
+def skip_needless_branch(unet, guidance_scale: float, image_guidance_scale: float):
+    """While open, the UNet evaluates two of the pipeline's three guidance branches where the third cancels.
+
+    The pipeline stacks a batch of 3 B, [instruction and image, image alone, neither], and combines what the UNet
+    says of it (Brooks et al. 2023, equation 3):
+
+        neither + guidance_scale * (instruction - image) + image_guidance_scale * (image - neither)
+
+    With image_guidance_scale 1 that is without `neither`, with equal scales without `image`. The rows of that
+    branch are cut out before the UNet, and the other of the two stands in for it behind the UNet: `image - neither`
+    is then exactly zero, and the result is that of three branches but for rounding. Other scales change nothing,
+    and where diffusers turns guidance off (see editing.guidance_warning) the batch is no stack.
+    """
+    import torch
+
+    if guidance_scale <= 1 or image_guidance_scale not in (1, guidance_scale):
+        yield
+        return
+    needed = 1 if image_guidance_scale == 1 else 2
+
+    def cut(tensor):  # (3 B, ...) to (2 B, ...)
+        branches = tensor.chunk(3)
+        return torch.cat((branches[0], branches[needed]))
+
+    def before(_, args, kwargs):
+        latents, timestep = args
+        return (cut(latents), timestep), kwargs | {"encoder_hidden_states": cut(kwargs["encoder_hidden_states"])}
+
+    def after(_, __, output):
+        instruction, other = output[0].chunk(2)
+        return (torch.cat((instruction, other, other)),)
+
+    hooks = [unet.register_forward_pre_hook(before, with_kwargs=True), unet.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def read_batch(batch: list[Edit], sizes: dict[Edit, tuple[int, int]], multiple: int, args):
+    """Decode a batch and fit it to one size: ({edit: (upright RGB image as the model takes it, its own size)},
+    {image: why it is left out}).
+    """
+    images: dict[Edit, tuple[Image.Image, tuple[int, int]]] = {}
+    left_out: dict[str, str] = {}
+    for edit in batch:
+        try:
+            image = editing.load_image(str(edit.image))
+        except ValueError as error:
+            left_out[str(edit.image)] = str(error)
+            continue
+        assert editing.inner_size(image.size, args.resolution) == sizes[edit], edit
+        images[edit] = editing.fit_image(image, args.resolution, multiple), image.size
+    return images, left_out
+
+
+def edit_batch(pipeline, instructions: list[str], images: list[Image.Image], seeds: list[int], args, on_step):
+    """Edit B RGB images of one size: (float32 [0, 1] (B, H, W, 3), which of them the safety checker withheld).
 
     Every image draws its noise from a generator of its own, on the CPU, so the draws do not depend on the
     batch or the device. What remains is rounding: another batch size may sum a matrix product in another
     order. In float32 the tests hold that to 1/255 a pixel; half precision on a GPU may differ by more.
     """
-    import numpy as np
     import torch
-    from PIL import Image
 
-    multiple = editing.size_multiple(pipeline)
     output = pipeline(
-        [edit.instruction for edit in images],
-        image=[editing.fit_image(image, args.resolution, multiple) for image in images.values()],
+        instructions,
+        image=images,
         num_inference_steps=args.steps,
         image_guidance_scale=args.image_guidance_scale,
         guidance_scale=args.guidance_scale,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="np",  # float32 [0, 1] (B, H, W, 3)
+        output_type="np",
         callback_on_step_end=on_step,
     )
-    flagged = output.nsfw_content_detected or [False] * len(images)
-    edited = []
-    for image, pixels, withheld in zip(images.values(), output.images, flagged, strict=True):
-        if withheld:
-            edited.append("the model's safety checker withheld the result")
-        elif not np.isfinite(pixels).all():
-            edited.append("the model's output is not a number")
+    return output.images, output.nsfw_content_detected or [False] * len(images)
+
+
+def write_batch(records: dict[Edit, dict], pixels, withheld: list[bool], args):
+    """Write what `edit_batch` returned, each in its image's size, one after the other with its record.
+
+    Returns (edits made, {image: why it has no output}). Raises OSError where the disk takes no more.
+    """
+    import numpy as np
+    from PIL import Image
+
+    made: list[Edit] = []
+    left_out: dict[str, str] = {}
+    for (edit, record), edited, hidden in zip(records.items(), pixels, withheld, strict=True):
+        if hidden:
+            left_out[str(edit.image)] = f"{edit.image}: the model's safety checker withheld the result"
+        elif not np.isfinite(edited).all():
+            left_out[str(edit.image)] = f"{edit.image}: the model's output is not a number"
         else:
-            result = Image.fromarray((pixels * 255).round().astype(np.uint8))
-            edited.append(editing.restore_image(result, image.size, args.resolution))
-    return edited
+            result = Image.fromarray((edited * 255).round().astype(np.uint8))
+            result = editing.restore_image(result, (record["width"], record["height"]), args.resolution)
+            content = editing.encode_image(result, f".{args.format}")
+            planning.keep(Path(args.output_dir), edit.output, content, record)
+            made.append(edit)
+    return made, left_out
 
 
 # Looking at it.
@@ -172,8 +248,16 @@ def parse_arguments(argv: list[str] | None):
         "--overwrite", action="store_true", help="make outputs again that were made with other settings"
     )
     editing.add_sampling_flags(parser, model_id=None)
-    parser.add_argument_group("speed").add_argument(
+    speed = parser.add_argument_group("speed")
+    speed.add_argument(
         "--batch_size", type=editing.whole_number(1), default=4, help="images of one size edited at a time"
+    )
+    speed.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the UNet's transformer blocks with torch.compile: costs up to minutes at the first batch and "
+        "at few later ones of another size, so it is for many images; where the compiler fails, editing goes on "
+        "without it",
     )
     args = parser.parse_intermixed_args(argv)
 
@@ -204,11 +288,21 @@ def plan(args) -> list[Edit]:
     return planning.plan_outputs(wanted, f".{args.format}")
 
 
-def edit_all(parser, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[int, int]]):
-    """Load the model and make the outputs of all `sizes`: (those made, {image: why it was left out})."""
+def one_ahead(pool: Executor, function, items):
+    """Yield function(item) for all `items` in order; while the caller works on one, `pool` computes the next."""
+    following: Future | None = None
+    for item in items:
+        current, following = following, pool.submit(function, item)
+        if current is not None:
+            yield current.result()
+    if following is not None:
+        yield following.result()
+
+
+def load_model(parser, args):
+    """The pipeline, on CUDA in half precision or on the CPU in single precision, to be compiled if asked for."""
     import torch
     from diffusers import StableDiffusionInstructPix2PixPipeline
-    from tqdm import tqdm
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
@@ -216,10 +310,35 @@ def edit_all(parser, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[i
     except Exception as error:  # a damaged folder fails in many ways
         parser.error(editing.model_error(args.model_id, error))
     pipeline.to(device).set_progress_bar_config(disable=True)
+    if args.compile:
+        try:
+            # Blocks that are alike are compiled once. To compile the UNet in one piece takes several times as long.
+            # Without `dynamic` the second size, and the first smaller batch, would compile them all again; and blocks
+            # of every width count against one limit, above which nothing more is compiled.
+            torch._dynamo.config.recompile_limit = 64
+            pipeline.unet.compile_repeated_blocks(dynamic=True)
+        except Exception as error:  # a UNet without such blocks, a platform without a compiler
+            parser.warn(f"--compile: {compiler_error(error)}; editing goes on without it")
+    return pipeline
 
-    output_dir = Path(args.output_dir)
+
+def compiler_error(error: Exception) -> str:
+    """What went wrong in a compiler, without what torch.compile wraps around it."""
+    return editing.first_line(getattr(error, "inner_exception", error))
+
+
+def edit_all(parser, pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[int, int]]):
+    """Make the outputs of all `sizes`: (those made, {image: why it was left out}).
+
+    While the model edits a batch, one thread reads the next and one writes the last. Leaving this function, by
+    Ctrl-C or an error too, waits until what is being written is there.
+    """
+    import torch
+    from tqdm import tqdm
+
     made: list[Edit] = []
     left_out: dict[str, str] = {}
+    compiled, edited = args.compile, 0
     bar = tqdm(
         total=len(sizes),
         desc="editing",
@@ -228,47 +347,65 @@ def edit_all(parser, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[i
     started = time.perf_counter()
 
     def show_progress(_, step, __, tensors):
-        rate = len(made) / (time.perf_counter() - started)
+        rate = edited / (time.perf_counter() - started)
         bar.set_postfix_str(f"step {step + 1}/{args.steps}, {rate:.2f} images/s")
         return tensors
 
-    with bar:
-        for batch in make_batches(sizes, editing.size_multiple(pipeline), args.batch_size):
-            images: dict[Edit, Image.Image] = {}
-            for edit in batch:
-                try:
-                    image = editing.load_image(str(edit.image))
-                except ValueError as error:
-                    left_out[str(edit.image)] = str(error)
-                    bar.update()
-                    continue
-                assert editing.inner_size(image.size, args.resolution) == sizes[edit], edit
-                images[edit] = image
+    multiple = editing.size_multiple(pipeline)
+    batches = make_batches(sizes, multiple, args.batch_size)
+    writes: list[Future] = []
+    with contextlib.ExitStack() as stack:
+        background = stack.enter_context(ThreadPoolExecutor(2))
+        stack.enter_context(bar)
+        stack.enter_context(skip_needless_branch(pipeline.unet, args.guidance_scale, args.image_guidance_scale))
+
+        def edit_with_fallback(*arguments):
+            nonlocal compiled
+            try:
+                return edit_batch(pipeline, *arguments, args, show_progress)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers fail in many ways, at the first batch or at a later size
+                if not compiled:
+                    raise
+                compiled = False
+                bar.clear()  # its line makes room for the warning's
+                parser.warn(f"--compile: {compiler_error(error)}; editing goes on without it")
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                return edit_batch(pipeline, *arguments, args, show_progress)
+
+        read = partial(read_batch, sizes=sizes, multiple=multiple, args=args)
+        for batch, (images, unreadable) in zip(batches, one_ahead(background, read, batches), strict=True):
+            left_out |= unreadable
+            bar.update(len(batch) - len(images))
             if not images:
                 continue
+            instructions = [edit.instruction for edit in images]
             seeds = [noise_seed(args.seed, settings[edit]["input_sha256"]) for edit in images]
             try:
-                results = edit_batch(pipeline, images, seeds, args, show_progress)
+                results = edit_with_fallback(instructions, [image for image, _ in images.values()], seeds)
             except torch.OutOfMemoryError:
                 parser.error(
                     f"--batch_size: {len(images)} images at a time do not fit into the GPU's memory; "
                     "lower it or --resolution and run again: what is done is kept"
                 )
-            for (edit, image), seed, result in zip(images.items(), seeds, results, strict=True):
-                bar.update()
-                if isinstance(result, str):
-                    left_out[str(edit.image)] = f"{edit.image}: {result}"
-                    continue
-                record = {
-                    "image": str(edit.image),
-                    **settings[edit],
-                    "model_id": args.model_id,
-                    "noise_seed": seed,
-                }
-                record |= {"width": image.width, "height": image.height, "device": device}
-                planning.keep(output_dir, edit.output, editing.encode_image(result, f".{args.format}"), record)
-                made.append(edit)
+            edited += len(images)
+            bar.update(len(images))
+            records = {
+                edit: {"image": str(edit.image)}
+                | settings[edit]
+                | {"model_id": args.model_id, "noise_seed": seed}
+                | {"width": width, "height": height, "device": pipeline.device.type}
+                for (edit, (_, (width, height))), seed in zip(images.items(), seeds, strict=True)
+            }
+            if writes:
+                writes[-1].result()  # one at a time, so that records stay in order and a full disk ends the run
+            writes.append(background.submit(write_batch, records, *results, args))
         show_progress(None, args.steps - 1, None, None)
+    for write in writes:
+        finished, failed = write.result()
+        made += finished
+        left_out |= failed
     return made, left_out
 
 
@@ -362,7 +499,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     try:
         if sizes:
-            made, failed = edit_all(parser, args, settings, sizes)
+            made, failed = edit_all(parser, load_model(parser, args), args, settings, sizes)
             left_out |= failed
         done = set(finished) | set(made)
         if args.contact_sheet and done:

@@ -63,12 +63,33 @@ def test_every_stage_of_an_update_is_timed(cached, tmp_path, capsys, monkeypatch
     assert result["images_per_update"] == 4 and result["teraflop_per_update"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("image_guidance", [1.5, 1.0])
+def test_batches_are_timed_against_the_snippet(image_guidance, tmp_path, capsys, monkeypatch):
+    from benchmarks import inference, models
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # half precision would not hold what is held here
+    tiny = {"unet": (32, 32, 32, 32), "vae": (32, 32, 32, 32), "text": (32, 1, 4)}
+    monkeypatch.setitem(models.SIZES, "small", tiny)
+    flags = ["--images=3", "--batch_size=2", "--steps=2", "--repeats=1", f"--image_guidance_scale={image_guidance}"]
+    result = inference.main([*flags, f"--folder={tmp_path}"])
+    out = capsys.readouterr().out
+    assert json.loads(out.splitlines()[-1]) == result
+    assert len(result["largest_differences"]) == 3 and max(result["largest_differences"].values()) <= 1
+    assert all(len(times) == 1 for times in result["seconds"].values())
+    for line in ("snippet, one at a time", "edit_images.py, batches of 2", *result["largest_differences"]):
+        assert f"  {line} " in out
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [
         ("equivalence", ["--reference=/no/such/file.py"], "--reference: /no/such/file.py is not a file"),
         ("equivalence", ["--updates=0"], "--updates: 0 is too small"),
         ("train_step", ["--size=huge"], "--size: invalid choice: 'huge'"),
+        ("inference", ["--resolution=100"], "--resolution: 100 is not a multiple of 64"),
+        ("inference", ["--images=0"], "--images: 0 is too small"),
+        ("inference", ["--images=9999"], "--images: 9999 is too many"),
         ("compare_with_reference", ["--reference=/no/such/file.py"], "--reference: /no/such/file.py is not a file"),
         ("compare_with_reference", [f"--reference={__file__}", "--updates=25"], "--updates: 25 is not 20, 30, ..."),
     ],

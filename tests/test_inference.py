@@ -1,6 +1,8 @@
 """The inference scripts: what a user types, what comes out, and that nothing of theirs is lost on the way."""
 
+import concurrent.futures
 import contextlib
+import errno
 import http.server
 import json
 import os
@@ -415,6 +417,148 @@ def test_batches_share_a_size_once_padded():
     assert batches == [["a", "b"], ["c", "d"], ["e"], ["f"]]
 
 
+@pytest.fixture
+def evaluated(monkeypatch) -> list[int]:
+    """How many images each call of a UNet evaluates, once the hooks before it have run."""
+    from diffusers import UNet2DConditionModel
+
+    counts, forward = [], UNet2DConditionModel.forward
+
+    def count(unet, sample, *arguments, **more):
+        counts.append(len(sample))
+        return forward(unet, sample, *arguments, **more)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", count)
+    return counts
+
+
+@pytest.mark.parametrize("scheduler", ["DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("guidance, image_guidance, branches", [(7, 1, 2), (1.5, 1.5, 2), (7, 1.5, 3), (1, 1, 1)])
+def test_a_guidance_branch_that_cancels_is_not_evaluated(
+    guidance, image_guidance, branches, scheduler, model, photos, evaluated
+):
+    import diffusers
+    import torch
+
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(model)
+    pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
+
+    def run():
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        images = [Image.open(photos / name) for name in ("a.png", "b.jpg")]
+        return pipeline(
+            ["turn it into a cartoon", "derain it"],
+            image=images,
+            num_inference_steps=3,
+            guidance_scale=guidance,
+            image_guidance_scale=image_guidance,
+            generator=generators,
+            output_type="np",
+        ).images
+
+    with edit_images.skip_needless_branch(pipeline.unet, guidance, image_guidance):
+        skipped = run()
+    assert set(evaluated) == {2 * branches}
+    evaluated.clear()
+    plain = run()  # what was put on the UNet is off again
+    assert set(evaluated) == {2 * (1 if guidance == 1 else 3)}
+    assert np.abs(skipped - plain).max() < 1e-4 and plain.std() > 0.01
+
+
+def test_edit_images_skips_the_branch_and_agrees_with_the_snippet(model, photos, tmp_path, evaluated):
+    usual = ["--model_id", model, "--steps", 2, "--image_guidance_scale", 1, "--instruction", "Derain the image"]
+    folders = [photos / "a.png", photos / "b.jpg", "--output_dir", tmp_path / "out"]
+    edit_images.main(list(map(str, [*folders, *usual])))
+    assert evaluated == [4, 4]
+    record = json.loads((tmp_path / "out/edits.jsonl").read_text().splitlines()[1])
+    snippet = ["--image", record["image"], "--seed", record["noise_seed"], "--output", tmp_path / "snippet.png"]
+    cartoonize.main(list(map(str, [*snippet, *usual])))
+    assert evaluated == [4, 4, 3, 3]
+    assert np.abs(pixels(tmp_path / "snippet.png") - pixels(tmp_path / "out" / record["output"])).max() <= 1
+
+
+@pytest.fixture
+def fresh_compiler(tmp_path, monkeypatch):
+    """Nothing compiled before, in this process or on the disk, and nothing left behind."""
+    import torch
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_edits_agree(edited, model, photos, tmp_path, fresh_compiler, capsys):
+    import torch
+
+    command = [photos / "a.png", photos / "b.jpg", "--instruction", "Cartoonize the image"]
+    edit(model, *command, "--output_dir", tmp_path / "out", "--compile")
+    assert "warning" not in capsys.readouterr().err
+    assert torch._dynamo.utils.counters["inductor"]  # its optimizations were at work
+    for name in ("a.png", "b.png"):
+        assert np.abs(pixels(tmp_path / "out" / name) - pixels(edited / name)).max() <= 1
+
+
+def test_images_of_many_sizes_share_what_is_compiled(model, photos, tmp_path, fresh_compiler, monkeypatch, capfd):
+    """A second size and a smaller batch do not compile every block anew."""
+    import torch
+
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    counts = {}
+    for name, images in {"one size": [photos / "a.png", photos / "b.jpg"], "three sizes": [photos]}.items():
+        torch._dynamo.reset()
+        graphs.clear()
+        edit(model, *images, "--instruction", "x", "--output_dir", tmp_path / name, "--batch_size", 2, "--compile")
+        counts[name] = len(graphs)
+    assert 0 < counts["three sizes"] < 2 * counts["one size"], counts
+    assert "recompile_limit" not in capfd.readouterr().err
+
+
+def test_a_failing_compiler_loses_no_edit(edited, model, photos, tmp_path, fresh_compiler, monkeypatch, capsys):
+    import torch
+
+    def fail(*_, **__):
+        raise RuntimeError("no such thing\nas a compiler")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=fail))
+    command = [photos, "--instruction", "Cartoonize the image", "--output_dir", tmp_path / "out", "--batch_size", 3]
+    edit(model, *command, "--compile")
+    said = capsys.readouterr()
+    warnings = [line for line in said.err.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].endswith("edit_images.py: warning: --compile: no such thing; editing goes on without it")
+    assert "5 edited, 0 there before, 0 images left out" in said.out
+    for name in OUTPUTS:
+        assert np.array_equal(pixels(tmp_path / "out" / name), pixels(edited / name))
+
+
+def test_a_mistake_of_the_model_is_not_the_compilers(model, photos, tmp_path, monkeypatch):
+    """What fails without the compiler too comes out as it is."""
+    monkeypatch.setattr(edit_images, "edit_batch", lambda *_: 1 / 0)
+    for flags in ([], ["--compile"]):
+        with pytest.raises(ZeroDivisionError):
+            edit(model, photos, "--instruction", "x", "--output_dir", tmp_path / "out", *flags)
+
+
+def test_one_batch_is_read_ahead():
+    read = {number: threading.Event() for number in range(4)}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for number in edit_images.one_ahead(pool, lambda number: read[number].set() or number, read):
+            if number < 3:
+                assert read[number + 1].wait(60)  # though nobody asked for it yet
+            assert not any(read[later].is_set() for later in range(number + 2, 4))
+        assert number == 3
+        assert list(edit_images.one_ahead(pool, str, [])) == []
+
+
 @pytest.mark.gpu
 def test_half_precision_on_a_gpu(model, photos, tmp_path, monkeypatch):
     import torch
@@ -470,6 +614,57 @@ def test_stopped_at_a_write_goes_on(owner, step, edited, model, photos, tmp_path
     assert "3 edited, 2 there before" in capsys.readouterr().out
     for name in OUTPUTS:
         assert np.abs(pixels(out / name) - pixels(edited / name)).max() <= 1
+
+
+def test_stopped_while_editing_finishes_what_is_being_written(model, photos, tmp_path, monkeypatch, capsys):
+    """Ctrl-C reaches the second batch while the first is being written: this one is there, whole, and recorded."""
+    out, editing_again = tmp_path / "out", threading.Event()
+    edit_batch, encode_image = edit_images.edit_batch, editing.encode_image
+
+    def interrupted(*arguments):
+        if editing_again.is_set():
+            pytest.fail("a third batch was edited")
+        if len(first) == 0:
+            first.append(True)
+            return edit_batch(*arguments)
+        editing_again.set()
+        raise KeyboardInterrupt
+
+    def wait_for_the_second(*arguments):
+        assert editing_again.wait(60)
+        return encode_image(*arguments)
+
+    first: list[bool] = []
+    monkeypatch.setattr(edit_images, "edit_batch", interrupted)
+    monkeypatch.setattr(editing, "encode_image", wait_for_the_second)
+    command = [photos, "--instruction", "x", "--output_dir", out, "--batch_size", 2]
+    with pytest.raises(SystemExit) as stopped:
+        edit(model, *command)
+    assert stopped.value.code == 130 and "the same command goes on from here" in capsys.readouterr().err
+    assert sorted(outputs(out)) == ["a.png", "b.png", "edits.jsonl"]
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    edit(model, *command)
+    assert "3 edited, 2 there before" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(model, photos, tmp_path, monkeypatch, capsys):
+    out, written = tmp_path / "out", []
+
+    def full_at_the_second(path, content, write=editing.write_atomically):
+        if len(written) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(editing, "write_atomically", full_at_the_second)
+    with pytest.raises(SystemExit) as stopped:
+        edit(model, photos, "--instruction", "x", "--output_dir", out, "--batch_size", 1)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith(f"edit_images.py: error: --output_dir: {out} cannot be written")
+    assert [path.relative_to(out).as_posix() for path in written] == [
+        name for name in outputs(out) if name != "edits.jsonl"
+    ]
 
 
 def test_other_settings_are_noticed(edited, model, photos, tmp_path, capsys):

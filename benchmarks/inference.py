@@ -1,0 +1,196 @@
+#!/usr/bin/env python
+"""Time edit_images.py against the README's snippet, image by image, on the same images with the same noise.
+
+    PYTHONPATH=inference python -m benchmarks.inference --size small   # minutes on a CPU
+    PYTHONPATH=inference python -m benchmarks.inference --size sd15    # Stable Diffusion v1.5's shapes, for a GPU
+
+Both sides start from image files and a loaded model and end with PNG files, and take turns in one process: first the
+snippet, which reads, edits and writes one image after another, then what edit_images.py does after it has loaded the
+model. A first turn of each is not counted; of the others the median counts, and where a machine does other things
+meanwhile, each side's fastest turn says more. Weights are random: the arithmetic is a real model's, the pictures are
+not. Prints the largest difference of every image's pixels and a table, then one JSON line.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+INSTRUCTION = "turn it into a cartoon"
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(
+        prog="inference.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False
+    )
+    parser.error = lambda message: fail(f"{message} (see --help)")
+    what = parser.add_argument_group("what is edited")
+    what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
+    what.add_argument("--resolution", type=int, help="Side of the square images: 64 for small, 512 for sd15.")
+    what.add_argument("--images", type=int, default=16, help="Photographs to edit.")
+    what.add_argument("--steps", type=int, default=20, help="Denoising steps.")
+    what.add_argument("--guidance_scale", type=float, default=7.0, help="Of both sides.")
+    what.add_argument("--image_guidance_scale", type=float, default=1.5, help="Of both sides.")
+    ours = parser.add_argument_group("how edit_images.py does it")
+    ours.add_argument("--batch_size", type=int, default=4, help="Images edited at a time.")
+    ours.add_argument("--compile", action="store_true", help="Compile the UNet's blocks, before the clock starts.")
+    how = parser.add_argument_group("how it is timed")
+    how.add_argument("--repeats", type=int, default=3, help="Turns of each side that count.")
+    how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the images are kept.")
+    args = parser.parse_args(argv)
+    for name in ("images", "steps", "batch_size", "repeats"):
+        if getattr(args, name) < 1:
+            fail(f"--{name}: {getattr(args, name)} is too small; give 1 or more")
+    args.resolution = args.resolution or {"small": 64, "sd15": 512}[args.size]
+    if args.resolution < 64 or args.resolution % 64:
+        fail(f"--resolution: {args.resolution} is not a multiple of 64, which the model takes without padding")
+    available = len(photographs())
+    if args.images > available:
+        fail(f"--images: {args.images} is too many; assets/photos/train has {available}")
+    return args
+
+
+def fail(message: str):
+    print(f"inference.py: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def photographs() -> list[Path]:
+    return sorted((ROOT / "assets/photos/train").glob("*.webp"))
+
+
+def square_images(folder: Path, count: int, side: int) -> Path:
+    """`count` photographs as JPEG files of side x side pixels in a folder of their own, built once."""
+    from PIL import Image, ImageOps
+
+    path = folder / f"images-{count}-{side}"
+    if not path.is_dir():
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for photo in photographs()[:count]:
+            image = ImageOps.fit(Image.open(photo).convert("RGB"), (side, side))
+            image.save(partial / f"{photo.stem}.jpg", quality=95)
+        os.replace(partial, path)
+    return path
+
+
+def edit_one_by_one(pipeline, args, images: dict[Path, int], output_dir: Path) -> None:
+    """The README's snippet, for {image: seed of its noise}, into files of the images' names."""
+    import torch
+    from diffusers.utils import load_image
+
+    for path, seed in images.items():
+        edited = pipeline(
+            INSTRUCTION,
+            image=load_image(str(path)),
+            num_inference_steps=args.steps,
+            image_guidance_scale=args.image_guidance_scale,
+            guidance_scale=args.guidance_scale,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+        edited.save(output_dir / f"{path.stem}.png")
+
+
+def largest_differences(first: Path, second: Path) -> dict[str, int]:
+    """{name: largest difference of two pixels, of 255} of the PNG files of two folders."""
+    import numpy as np
+    from PIL import Image
+
+    names = sorted(path.name for path in first.glob("*.png"))
+    assert names == sorted(path.name for path in second.glob("*.png"))
+    pixels = [[np.asarray(Image.open(folder / name)).astype(int) for name in names] for folder in (first, second)]
+    return {name: int(abs(one - two).max()) for name, one, two in zip(names, *pixels, strict=True)}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    try:
+        import edit_images
+    except ImportError:
+        fail("PYTHONPATH: does not name the folder inference; run PYTHONPATH=inference python -m benchmarks.inference")
+    import planning
+    import torch
+
+    from benchmarks import machine, models
+
+    folder = Path(args.folder)
+    model = models.model_folder(args.size, folder, in_channels=8)
+    images = square_images(folder, args.images, args.resolution)
+    plain_dir, batch_dir = folder / "inference-plain", folder / "inference-batches"
+    flags = [str(images), f"--model_id={model}", f"--output_dir={batch_dir}", f"--instruction={INSTRUCTION}"]
+    flags += ["--contact_sheet=0", f"--resolution={args.resolution}"]
+    for name in ("steps", "guidance_scale", "image_guidance_scale", "batch_size"):
+        flags.append(f"--{name}={getattr(args, name)}")
+    parser, plain_args = edit_images.parse_arguments(flags)
+    _, batch_args = edit_images.parse_arguments([*flags, "--compile"] if args.compile else flags)
+    plain, ours = (edit_images.load_model(parser, each) for each in (plain_args, batch_args))
+    seeds = {
+        path: edit_images.noise_seed(batch_args.seed, planning.file_sha256(path)) for path in sorted(images.iterdir())
+    }
+
+    def edit_in_batches() -> None:
+        settings, _, sizes, _, _ = edit_images.look_through(batch_args, edit_images.plan(batch_args), batch_dir)
+        made, _ = edit_images.edit_all(parser, ours, batch_args, settings, sizes)
+        assert len(made) == args.images
+
+    sides = {
+        "snippet": (plain_dir, lambda: edit_one_by_one(plain, args, seeds, plain_dir)),
+        "edit_images": (batch_dir, edit_in_batches),
+    }
+    seconds = {side: [] for side in sides}
+    for turn in range(args.repeats + 1):
+        for side, (output_dir, edit) in sides.items():
+            shutil.rmtree(output_dir, ignore_errors=True)
+            output_dir.mkdir(parents=True)
+            start = time.perf_counter()
+            edit()
+            if turn > 0:
+                seconds[side].append(round(time.perf_counter() - start, 4))
+
+    median = {side: statistics.median(times) for side, times in seconds.items()}
+    result = {
+        "command": f"PYTHONPATH=inference python -m benchmarks.inference {shlex.join(argv)}".strip(),
+        **{name: value for name, value in vars(args).items() if name != "folder"},
+        "dtype": str(plain.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        **machine.describe(),
+        "images_per_second": {side: round(args.images / value, 3) for side, value in median.items()},
+        "ratio": round(median["snippet"] / median["edit_images"], 2),
+        "ratio_of_fastest_turns": round(min(seconds["snippet"]) / min(seconds["edit_images"]), 2),
+        "seconds": seconds,
+        "largest_differences": largest_differences(plain_dir, batch_dir),
+    }
+    print_table(result)
+    print(json.dumps(result))
+    return result
+
+
+def print_table(result: dict) -> None:
+    device = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
+    print(f"\n{result['size']}, {result['resolution']} px, {result['steps']} steps, {result['dtype']}, {device}")
+    print(f"  {'largest difference of a pixel':40s}{'of 255':>10s}")
+    for name, difference in result["largest_differences"].items():
+        print(f"  {name:40s}{difference:10d}")
+    print(f"  {'images/s':40s}")
+    batches = f"edit_images.py, batches of {result['batch_size']}{', compiled' if result['compile'] else ''}"
+    for name, side in (("snippet, one at a time", "snippet"), (batches, "edit_images")):
+        print(f"  {name:40s}{result['images_per_second'][side]:10.3f}")
+    print(f"  {'ratio':40s}{result['ratio']:10.2f}")
+    print(f"  {'ratio of the fastest turns':40s}{result['ratio_of_fastest_turns']:10.2f}")
+    print(f"{result['command']}, commit {result['commit']}")
+    print(f"Python {result['python']}, torch {result['torch']}, diffusers {result['diffusers']}, {result['date']}")
+
+
+if __name__ == "__main__":
+    main()
