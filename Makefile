@@ -45,6 +45,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.equivalence
 	$(BIN)/python -m benchmarks.train_step --size small
+	PYTHONPATH=inference $(BIN)/python -m benchmarks.inference --size small
 	@if [ -n "$(REFERENCE)" ]; then $(BIN)/python -m benchmarks.compare_with_reference --reference "$(REFERENCE)"; \
 	else echo "make bench REFERENCE=path/to/train_instruct_pix2pix.py also compares with diffusers' example"; fi
 
