@@ -24,6 +24,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks import machine
+
 IMAGES = 8  # per update
 COMPARISONS = {  # name: flags of the reference, flags of this project
     "identical": (["--train_batch_size=8", "--center_crop"],) * 2,
@@ -46,13 +48,7 @@ WARM_UP = 10  # updates before the clock counts; this project's log writes a lin
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    parser = argparse.ArgumentParser(
-        prog="compare_with_reference.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False
-    )
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser = machine.Parser(__file__, __doc__)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--reference", required=True, help="Your copy of diffusers' train_instruct_pix2pix.py.")
     what.add_argument("--comparisons", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="Which ones.")
@@ -66,18 +62,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model, pairs and runs are kept.")
     args = parser.parse_args(argv)
     if not Path(args.reference).is_file():
-        fail(f"--reference: {args.reference} is not a file")
+        machine.fail(f"--reference: {args.reference} is not a file")
     if args.updates < 2 * WARM_UP or args.updates % WARM_UP:
-        fail(f"--updates: {args.updates} is not 20, 30, ...; the first ten warm up and the rest is timed in tens")
-    if args.repeats < 1:
-        fail(f"--repeats: {args.repeats} is too small; give 1 or more")
+        machine.fail(f"--updates: {args.updates} is not 20, 30, ...; the first ten warm up, the rest is timed in tens")
+    machine.require_positive(args, "repeats")
     args.resolution = args.resolution or {"small": 64, "sd15": 256}[args.size]
     return args
-
-
-def fail(message: str):
-    print(f"compare_with_reference.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
@@ -102,7 +92,7 @@ def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
 def run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        fail(f"{shlex.join(command[:4])} ... ended with {done.returncode}: {done.stderr.strip()[-800:]}")
+        machine.fail(f"{shlex.join(command[:4])} ... ended with {done.returncode}: {done.stderr.strip()[-800:]}")
     return done.stdout
 
 
@@ -125,7 +115,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from tqdm.auto import tqdm
 
-    from benchmarks import machine
     from benchmarks.models import model_folder, pairs_folder
 
     folder = Path(args.folder)

@@ -13,19 +13,14 @@ the largest absolute differences of losses, weights and averaged weights, then o
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks import machine
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    parser = argparse.ArgumentParser(
-        prog="equivalence.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False
-    )
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser = machine.Parser(__file__, __doc__)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--reference", help="Your copy of diffusers' train_instruct_pix2pix.py; needs torchvision.")
     what.add_argument("--updates", type=int, default=20, help="Updates to compare.")
@@ -35,17 +30,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--dropout", type=float, default=0.1, help="Conditioning dropout probability.")
     what.add_argument("--seed", type=int, default=0, help="Seed of this project's random streams.")
     args = parser.parse_args(argv)
-    for name in ("updates", "batch_size", "accumulation"):
-        if getattr(args, name) < 1:
-            fail(f"--{name}: {getattr(args, name)} is too small; give 1 or more")
+    machine.require_positive(args, "updates", "batch_size", "accumulation")
     if args.reference is not None and not Path(args.reference).is_file():
-        fail(f"--reference: {args.reference} is not a file")
+        machine.fail(f"--reference: {args.reference} is not a file")
     return args
-
-
-def fail(message: str):
-    print(f"equivalence.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
@@ -222,7 +210,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     import datasets
 
-    from benchmarks import machine
     from benchmarks.models import pairs_folder
     from tools.build_tiny_base import build_tiny_pipeline
 

@@ -21,18 +21,14 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks import machine
+
 ROOT = Path(__file__).parent.parent
 INSTRUCTION = "turn it into a cartoon"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    parser = argparse.ArgumentParser(
-        prog="inference.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False
-    )
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser = machine.Parser(__file__, __doc__)
     what = parser.add_argument_group("what is edited")
     what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
     what.add_argument("--resolution", type=int, help="Side of the square images: 64 for small, 512 for sd15.")
@@ -47,21 +43,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--repeats", type=int, default=3, help="Turns of each side that count.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the images are kept.")
     args = parser.parse_args(argv)
-    for name in ("images", "steps", "batch_size", "repeats"):
-        if getattr(args, name) < 1:
-            fail(f"--{name}: {getattr(args, name)} is too small; give 1 or more")
+    machine.require_positive(args, "images", "steps", "batch_size", "repeats")
     args.resolution = args.resolution or {"small": 64, "sd15": 512}[args.size]
     if args.resolution < 64 or args.resolution % 64:
-        fail(f"--resolution: {args.resolution} is not a multiple of 64, which the model takes without padding")
+        machine.fail(f"--resolution: {args.resolution} is not a multiple of 64, which the model takes without padding")
     available = len(photographs())
     if args.images > available:
-        fail(f"--images: {args.images} is too many; assets/photos/train has {available}")
+        machine.fail(f"--images: {args.images} is too many; assets/photos/train has {available}")
     return args
-
-
-def fail(message: str):
-    print(f"inference.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def photographs() -> list[Path]:
@@ -118,11 +107,13 @@ def main(argv: list[str] | None = None) -> dict:
     try:
         import edit_images
     except ImportError:
-        fail("PYTHONPATH: does not name the folder inference; run PYTHONPATH=inference python -m benchmarks.inference")
+        machine.fail(
+            "PYTHONPATH: no folder of it is inference; run PYTHONPATH=inference python -m benchmarks.inference"
+        )
     import planning
     import torch
 
-    from benchmarks import machine, models
+    from benchmarks import models
 
     folder = Path(args.folder)
     model = models.model_folder(args.size, folder, in_channels=8)

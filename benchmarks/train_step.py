@@ -13,9 +13,10 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 import time
 from pathlib import Path
+
+from benchmarks import machine
 
 # AdamW with the average in one pass over float32 tensors: gradient read twice (the norm comes first), weight, two
 # moments and average read and written.
@@ -23,13 +24,7 @@ BYTES_PER_PARAMETER = 40
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    parser = argparse.ArgumentParser(
-        prog="train_step.py", description=__doc__, formatter_class=Formatter, allow_abbrev=False
-    )
-    parser.error = lambda message: fail(f"{message} (see --help)")
+    parser = machine.Parser(__file__, __doc__)
     what = parser.add_argument_group("what is trained")
     what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
     what.add_argument("--dataset", help="Folder or Hub id of a dataset of triples; photographs of assets/ otherwise.")
@@ -48,16 +43,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--warmup", type=int, default=3, help="Updates before the clock starts.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the pairs are kept.")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "accumulation", "updates", "warmup"):
-        if getattr(args, name) < 1:
-            fail(f"--{name}: {getattr(args, name)} is too small; give 1 or more")
+    machine.require_positive(args, "batch_size", "accumulation", "updates", "warmup")
     args.resolution = args.resolution or {"small": 64, "sd15": 256}[args.size]
     return args
-
-
-def fail(message: str):
-    print(f"train_step.py: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def training_flags(args, model: Path, data, output_dir: Path, updates: int) -> list[str]:
@@ -173,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks import machine, models
+    from benchmarks import models
     from instruct_pix2pix import components, options, preparation, speed, trainer
 
     if args.mixed_precision is None:

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from instruct_pix2pix.errors import UserError
+from instruct_pix2pix.errors import MemoryShortage
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class PassesGraph:
         return self.loss.clone()
 
 
-def out_of_memory(args) -> UserError:
+def out_of_memory(args) -> MemoryShortage:
     """What a GPU that is too small for a run's flags is answered with: the flags that help and are not used yet."""
     helps = {
         f"--train_batch_size below {args.train_batch_size}, with more --gradient_accumulation_steps": (
@@ -112,7 +112,7 @@ def out_of_memory(args) -> UserError:
         "--use_8bit_adam": not args.use_8bit_adam,
     }
     remedies = [flag for flag, unused in helps.items() if unused] or ["a smaller --resolution"]
-    return UserError(
+    return MemoryShortage(
         f"--resolution: {args.resolution} pixels with these flags do not fit into the GPU's memory; what helps:"
         f" {', '.join(remedies)}"
     )

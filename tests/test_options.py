@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT, to_argv
 
-from instruct_pix2pix.errors import UserError, run
+from instruct_pix2pix.errors import MemoryShortage, UserError, run
 from instruct_pix2pix.options import build_parser, check, parse_args, resolved, trackers
 
 NEEDED = ["--pretrained_model_name_or_path=model", "--dataset_name=data"]
@@ -140,7 +140,7 @@ def test_trackers():
     [
         (UserError("--seed: 1 is odd; give 2"), 2, "error: --seed: 1 is odd; give 2"),
         (KeyboardInterrupt(), 130, "--resume_from_checkpoint latest"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 1, "lower --train_batch_size"),
+        (MemoryShortage("--resolution: 512 does not fit"), 2, "error: --resolution: 512 does not fit"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, code, said, capsys, monkeypatch):
@@ -154,7 +154,7 @@ def test_what_a_user_can_mend_is_one_line(error, code, said, capsys, monkeypatch
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit):
         run(main)
-    assert bool(capsys.readouterr().err) == (code == 1)
+    assert bool(capsys.readouterr().err) == isinstance(error, MemoryShortage)
 
 
 def test_other_errors_keep_their_traceback():
