@@ -83,7 +83,8 @@ class PassesGraph:
                 training.optimizer.zero_grad(set_to_none=True)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # thread_local: the loader's thread may pin memory meanwhile, which the default mode takes for an error.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = passes(accelerator, training, self.inputs)
         self.gradients = [p.grad for p in self.parameters]
         training.optimizer.zero_grad(set_to_none=True)
