@@ -58,9 +58,7 @@ def settle(args, accelerator, plan, training, passes) -> None:
             return
         try:
             training.graph = PassesGraph(accelerator, training, passes, inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
+        except Exception as error:  # memory that the recording holds on to, an operation that cannot be recorded
             training.optimizer.zero_grad(set_to_none=True)
             logger.warning("--compile: no CUDA graph (%s); going on without it", _first_line(error))
 
