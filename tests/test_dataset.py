@@ -105,6 +105,19 @@ def test_every_local_source_gives_the_same_kind_of_sample(source, photos, cartoo
         assert sample["noise"].shape == (4, 16, 16) and 0 <= sample["timestep"] < 1000 and 0 <= sample["dropout"] < 1
 
 
+def test_a_dataset_built_anew_is_read_anew(cartoon_rows, tmp_path):
+    """Its card lists the files, as the builders' cards do: `datasets` would answer with the old rows."""
+    folder = tmp_path / "dataset"
+    cartoon_rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
+    )
+    args = options(dataset_name=str(folder))
+    assert len(load_triples(args)) == len(cartoon_rows) > 1
+    cartoon_rows.select([0]).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    assert len(load_triples(args)) == 1
+
+
 def test_paired_folders_draw_a_wording_per_pair_and_epoch(pairs):
     args = options(train_data_dir=str(pairs))
     dataset = TripleDataset(load_triples(args), args, (4, 16, 16), 1000)
