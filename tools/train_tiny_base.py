@@ -808,9 +808,9 @@ class Parser(argparse.ArgumentParser):
 
 STAGE_DEFAULTS = {  # steps, batch size, peak learning rates of AdamW and Muon
     "linear": (1500, 16, 2e-3, 0.0),
-    "vae": (6000, 8, 1e-3, 3e-3),
-    "base": (1600, 16, 1e-3, 0.0),
-    "instruct": (6000, 16, 1e-3, 0.0),
+    "vae": (5000, 8, 1e-3, 3e-3),
+    "base": (1000, 16, 1e-3, 3e-3),
+    "instruct": (4000, 16, 1e-3, 3e-3),
 }
 
 
