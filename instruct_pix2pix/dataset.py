@@ -5,6 +5,7 @@ pixels, text and the random numbers that belong to this position.
 """
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -102,9 +103,8 @@ def _load_rows(name: str, source: str, args) -> datasets.Dataset:
         if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
             loaded = datasets.load_from_disk(str(path))
         else:
-            loaded = datasets.load_dataset(
-                name, args.dataset_config_name, cache_dir=args.cache_dir, token=args.hub_token
-            )
+            cache_dir = _folder_cache(path, args.cache_dir) if path.is_dir() else args.cache_dir
+            loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=cache_dir, token=args.hub_token)
     except Exception as error:  # datasets raises a dozen kinds for what is wrong with a source
         if "corresponds to no data" in str(error):
             raise UserError(f"{source} is empty; it needs at least one row") from error
@@ -114,6 +114,18 @@ def _load_rows(name: str, source: str, args) -> datasets.Dataset:
     if "train" not in loaded:
         raise UserError(f"{source} has no split named train, only {', '.join(loaded)}")
     return loaded["train"]
+
+
+def _folder_cache(folder: Path, cache_dir: str | None) -> str:
+    """Where `datasets` keeps its copy of a local folder: a place for this folder with these files.
+
+    Where a card lists the data files, `datasets` 5 tells folders apart by their name and card alone: another folder,
+    or the same one built anew, would be answered with the old rows.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"folder-{digest}")
 
 
 def _metadata_file(folder: Path) -> Path | None:

@@ -203,6 +203,32 @@ def test_unknown_and_ambiguous_columns_list_what_there_is():
     assert set(COLUMN_NAMES) == {"original_image", "edit_prompt", "edited_image"}
 
 
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+---
+"""
+
+
+def test_folders_of_one_name_and_card_are_not_mistaken_for_each_other(cartoon_rows, tmp_path):
+    def build(place: str, number: int) -> str:
+        folder = tmp_path / place / "dataset"
+        cartoon_rows.select(range(number)).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        (folder / "README.md").write_text(CARD)
+        return str(folder)
+
+    def length(folder: str) -> int:
+        return len(load_triples(options(dataset_name=folder, cache_dir=str(tmp_path / "cache"))).rows)
+
+    first, second = build("first", 2), build("second", 3)
+    assert [length(first), length(second), length(first)] == [2, 3, 2]
+    build("first", 4)
+    assert length(first) == 4, "rows of the folder as it was before"
+
+
 def error_of(**changes) -> str:
     with pytest.raises(UserError) as caught:
         load_triples(options(**changes))
