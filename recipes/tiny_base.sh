@@ -18,5 +18,5 @@ train() { python -m tools.train_tiny_base --work_dir "$work_dir" --threads "$thr
 train --stage linear --steps 1500
 train --stage vae --steps 5000
 train --stage base --steps 1000 --tiles 6000
-train --stage instruct --steps 4000 --tiles 6000 --log_every 500
+train --stage instruct --steps 4500 --tiles 6000 --log_every 500
 python -m tools.save_tiny_base --work_dir "$work_dir" --output_dir "$output_dir" --threads "$threads"

@@ -810,7 +810,7 @@ STAGE_DEFAULTS = {  # steps, batch size, peak learning rates of AdamW and Muon
     "linear": (1500, 16, 2e-3, 0.0),
     "vae": (5000, 8, 1e-3, 3e-3),
     "base": (1000, 16, 1e-3, 3e-3),
-    "instruct": (4000, 16, 1e-3, 3e-3),
+    "instruct": (4500, 16, 1e-3, 3e-3),
 }
 
 
