@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the two models kept in assets/tiny-stable-diffusion and assets/tiny-instruct-pix2pix from assets/photos:
-# about an hour and a half on one CPU core, minutes on a GPU. Run from the repository's root, with the
+# about an hour of training and a quarter of measuring on one CPU core. Run from the repository's root, with the
 # requirements installed:
 #
 #     bash recipes/tiny_base.sh [folder for the new models, outputs/tiny_models by default]
