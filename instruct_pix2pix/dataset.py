@@ -69,7 +69,7 @@ def load_triples(args, show_progress: bool = True) -> Triples:
     if len(rows) == 0:
         raise UserError(f"{source} is empty; it needs at least one row")
     columns = find_columns(rows.column_names, args, source)
-    rows = rows.select_columns(list(columns.values()))
+    rows = rows.select_columns(list(dict.fromkeys(columns.values())))  # a control run names one column twice
     for role in ("original_image", "edited_image"):
         rows = _as_undecoded_images(rows, columns[role], role, source)
 

@@ -203,6 +203,14 @@ def test_unknown_and_ambiguous_columns_list_what_there_is():
     assert set(COLUMN_NAMES) == {"original_image", "edit_prompt", "edited_image"}
 
 
+def test_one_column_may_be_both_source_and_target(cartoon_rows, tmp_path):
+    """What a control run trains on: nothing to learn but copying."""
+    cartoon_rows.to_parquet(tmp_path / "data" / "train.parquet")
+    names = dict(original_image_column="original_image", edited_image_column="original_image")
+    sample = samples_of(options(dataset_name=str(tmp_path / "data"), **names), count=1)[0]
+    assert torch.equal(sample["original"], sample["edited"])
+
+
 CARD = """---
 configs:
 - config_name: default
