@@ -69,7 +69,7 @@ def load_triples(args, show_progress: bool = True) -> Triples:
     if len(rows) == 0:
         raise UserError(f"{source} is empty; it needs at least one row")
     columns = find_columns(rows.column_names, args, source)
-    rows = rows.select_columns(list(columns.values()))
+    rows = rows.select_columns(list(dict.fromkeys(columns.values())))  # a control run names one column twice
     for role in ("original_image", "edited_image"):
         rows = _as_undecoded_images(rows, columns[role], role, source)
 
@@ -103,7 +103,7 @@ def _load_rows(name: str, source: str, args) -> datasets.Dataset:
         if path.is_dir() and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
             loaded = datasets.load_from_disk(str(path))
         else:
-            cache_dir = _cache_of_folder(path, args.cache_dir) if path.is_dir() else args.cache_dir
+            cache_dir = _folder_cache(path, args.cache_dir) if path.is_dir() else args.cache_dir
             loaded = datasets.load_dataset(name, args.dataset_config_name, cache_dir=cache_dir, token=args.hub_token)
     except Exception as error:  # datasets raises a dozen kinds for what is wrong with a source
         if "corresponds to no data" in str(error):
@@ -116,15 +116,15 @@ def _load_rows(name: str, source: str, args) -> datasets.Dataset:
     return loaded["train"]
 
 
-def _cache_of_folder(folder: Path, cache_dir: str | None) -> str:
-    """Where `datasets` is to keep its copy of a folder's rows: a place for these files as they are now.
+def _folder_cache(folder: Path, cache_dir: str | None) -> str:
+    """Where `datasets` keeps its copy of a local folder: a place for this folder with these files.
 
-    Of a folder whose card lists the data files, `datasets` 5 remembers name and card only: built anew, or where another
-    has its name, it would be answered with the old rows.
+    Where a card lists the data files, `datasets` 5 tells folders apart by their name and card alone: another folder,
+    or the same one built anew, would be answered with the old rows.
     """
-    files = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.blake2b(repr(state).encode(), digest_size=8).hexdigest()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     return os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"folder-{digest}")
 
 

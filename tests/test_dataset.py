@@ -105,19 +105,6 @@ def test_every_local_source_gives_the_same_kind_of_sample(source, photos, cartoo
         assert sample["noise"].shape == (4, 16, 16) and 0 <= sample["timestep"] < 1000 and 0 <= sample["dropout"] < 1
 
 
-def test_a_dataset_built_anew_is_read_anew(cartoon_rows, tmp_path):
-    """Its card lists the files, as the builders' cards do: `datasets` would answer with the old rows."""
-    folder = tmp_path / "dataset"
-    cartoon_rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
-    )
-    args = options(dataset_name=str(folder))
-    assert len(load_triples(args)) == len(cartoon_rows) > 1
-    cartoon_rows.select([0]).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-    assert len(load_triples(args)) == 1
-
-
 def test_paired_folders_draw_a_wording_per_pair_and_epoch(pairs):
     args = options(train_data_dir=str(pairs))
     dataset = TripleDataset(load_triples(args), args, (4, 16, 16), 1000)
@@ -214,6 +201,40 @@ def test_unknown_and_ambiguous_columns_list_what_there_is():
     with pytest.raises(UserError, match="--edit_prompt_column: caption is not a column; there are a, b"):
         find_columns(["a", "b"], options(original_image_column="a", edit_prompt_column="caption"), "x")
     assert set(COLUMN_NAMES) == {"original_image", "edit_prompt", "edited_image"}
+
+
+def test_one_column_may_be_both_source_and_target(cartoon_rows, tmp_path):
+    """What a control run trains on: nothing to learn but copying."""
+    cartoon_rows.to_parquet(tmp_path / "data" / "train.parquet")
+    names = dict(original_image_column="original_image", edited_image_column="original_image")
+    sample = samples_of(options(dataset_name=str(tmp_path / "data"), **names), count=1)[0]
+    assert torch.equal(sample["original"], sample["edited"])
+
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/train-*.parquet
+---
+"""
+
+
+def test_folders_of_one_name_and_card_are_not_mistaken_for_each_other(cartoon_rows, tmp_path):
+    def build(place: str, number: int) -> str:
+        folder = tmp_path / place / "dataset"
+        cartoon_rows.select(range(number)).to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        (folder / "README.md").write_text(CARD)
+        return str(folder)
+
+    def length(folder: str) -> int:
+        return len(load_triples(options(dataset_name=folder, cache_dir=str(tmp_path / "cache"))).rows)
+
+    first, second = build("first", 2), build("second", 3)
+    assert [length(first), length(second), length(first)] == [2, 3, 2]
+    build("first", 4)
+    assert length(first) == 4, "rows of the folder as it was before"
 
 
 def error_of(**changes) -> str:

@@ -62,6 +62,17 @@ def test_wordings_are_the_splits_own_in_turn_or_another_splits(dataset):
     assert seen == ["seen wording, dark", "seen wording, dark", "seen wording, other"]
 
 
+def test_a_dataset_built_anew_is_read_anew(dataset):
+    (dataset / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
+    )
+    args = evaluate.parse_args(["--model=m", f"--dataset={dataset}", "--resolution=64"])
+    assert len(evaluate.load_triples(args)) == 3
+    rows = datasets.Dataset.from_parquet(str(dataset / "test.parquet"), keep_in_memory=True)
+    rows.select([0]).to_parquet(dataset / "test.parquet")
+    assert len(evaluate.load_triples(args)) == 1
+
+
 def test_an_evaluation_measures_the_model_beside_its_bounds(dataset, base_models, tmp_path, capsys, photos):
     out = tmp_path / "out"
     model = base_models["finetune"]

@@ -1,8 +1,7 @@
-#!/usr/bin/env python
 """Build a complete, tiny Stable Diffusion pipeline with random weights.
 
-    python tools/build_tiny_base.py --output_dir outputs/tiny-random
-    python tools/build_tiny_base.py --output_dir outputs/tiny-random-ip2p --in_channels 8
+    python -m tools.build_tiny_base --output_dir outputs/tiny-random
+    python -m tools.build_tiny_base --output_dir outputs/tiny-random-ip2p --in_channels 8
 
 The classes are those of Stable Diffusion v1.5 (AutoencoderKL, CLIPTextModel, CLIPTokenizer,
 UNet2DConditionModel, DDPMScheduler) and so are their connections; only the widths are small: 3.6 million

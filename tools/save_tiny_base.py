@@ -1,7 +1,6 @@
-#!/usr/bin/env python
 """Measure the trained tiny models and save them as pipeline folders with model cards.
 
-    python tools/save_tiny_base.py --work_dir outputs/tiny_base --output_dir assets
+    python -m tools.save_tiny_base --work_dir outputs/tiny_base --output_dir assets
 
 Makes <output_dir>/tiny-stable-diffusion (text to image) and <output_dir>/tiny-instruct-pix2pix from what
 tools/train_tiny_base.py left in --work_dir. Takes some minutes on a CPU, nearly all of them for the figures,
@@ -14,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-STAGES = ("linear", "decoder", "base", "instruct")
+STAGES = ("linear", "vae", "base", "instruct")
 NAMES = {"base": "tiny-stable-diffusion", "instruct": "tiny-instruct-pix2pix"}
 
 
@@ -37,7 +36,7 @@ def read_log(work_dir: Path, stage: str, rows: int = 8) -> dict[str, dict]:
 
 def model_card(stage: str, figures: dict, logs: dict) -> str:
     """The README.md of the model that ends with `stage`, "base" or "instruct"."""
-    vae = figures["decoder"]
+    vae = figures["vae"]
     trained = STAGES if stage == "instruct" else STAGES[:3]
     times = {name: {"updates": figures[name]["steps"], "seconds": figures[name]["seconds"]} for name in trained}
     tags = "stable-diffusion, tiny" if stage == "base" else "instruct-pix2pix, image-editing, tiny"
@@ -65,17 +64,18 @@ def model_card(stage: str, figures: dict, logs: dict) -> str:
             "A complete `StableDiffusionInstructPix2PixPipeline` of 3.6 million parameters that stands in",
             "for timbrooks/instruct-pix2pix where no checkpoint can be fetched. It has learned to keep an",
             "image and to make some generic edits of it, at about 128 pixels. Cartoons are left for a",
-            "fine-tune to learn.",
+            "fine-tune to learn: the VAE has seen some, the UNet none.",
         ]
     lines += [
         "",
-        "Image sides must be multiples of 16. The VAE divides them by 4; its encoder is linear in the image.",
+        "Image sides must be multiples of 16. The VAE divides them by 4.",
         "The UNet predicts velocity. Words outside the small vocabulary are spelled out.",
         "",
         "## Training",
         "",
         f"`recipes/tiny_base.sh`, seed {figures['seed']}, float32 on {figures['device']}, from the",
-        "photographs of `assets/photos/train` (public domain and CC0); `assets/photos/test` was held out.",
+        "photographs of `assets/photos/train` (public domain and CC0); `assets/photos/test` was held out. After",
+        "the linear stage, weight matrices were trained with Muon and all else with AdamW.",
         "",
         *table(times, "stage"),
         "",
@@ -85,11 +85,17 @@ def model_card(stage: str, figures: dict, logs: dict) -> str:
         "",
         f"- whole photos at 128 pixels: {vae['photos dB']}",
         f"- parts of 128 pixels at twice the scale: {vae['photo details dB']}",
-        f"- the first as drawings, flat colours and most with dark outlines: {vae['drawings dB']}",
+        f"- the first as cartoons, by `opencv_cartoonize` of `data_preparation/cartoonizer.py`: {vae['cartoons dB']}",
         "",
     ]
     if stage == "instruct":
+        worse = [name for name, row in figures["unguided"].items() if row["model"] < row["identity"] and name != "keep"]
         lines += [
+            "Edits come out better without guidance than with it (compare the two tables): strong guidance",
+            "overshoots in a model this small. Even without it, doing nothing scores higher for: "
+            + (", ".join(worse) or "none of the edits")
+            + ".",
+            "",
             f"Edits of {figures['images']} held-out photos at 128 pixels, 20 steps, PSNR in dB.",
             "`identity`: source against target. `through VAE`: source, encoded and decoded, against target.",
             "`ceiling`: target, encoded and decoded, against target. `model`: result against target.",
@@ -152,11 +158,12 @@ def main() -> None:
     arguments = parse_arguments()
 
     import torch
-    from build_tiny_base import assemble, build_scheduler, build_tokenizer, save_pipeline
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from generic_edits import EDITS, RESTORATIONS
-    from train_tiny_base import centre_crops, edit_figures, load_photos
     from transformers import CLIPTextModel
+
+    from tools.build_tiny_base import assemble, build_scheduler, build_tokenizer, save_pipeline
+    from tools.generic_edits import EDITS, RESTORATIONS
+    from tools.train_tiny_base import centre_crops, edit_figures, load_photos
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -166,7 +173,7 @@ def main() -> None:
     logs = {stage: read_log(work_dir, stage) for stage in STAGES}
     for stage in ("instruct", "base"):
         # Through half precision and back: what is measured is what is saved.
-        vae = AutoencoderKL.from_pretrained(work_dir / "decoder" / "vae").half().float().eval()
+        vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").half().float().eval()
         unet = UNet2DConditionModel.from_pretrained(work_dir / stage / "unet").half().float().eval()
         text_encoder = CLIPTextModel.from_pretrained(work_dir / stage / "text_encoder").eval()
         pipeline = assemble(vae, text_encoder, build_tokenizer(), unet, build_scheduler())
@@ -183,6 +190,8 @@ def main() -> None:
         # The text encoder stays float32: transformers loads a model in the precision of its file, diffusers
         # in float32, and a pipeline loaded without a word on precision would not fit together.
         vae.half(), unet.half()
+        # One that has been used would write its last padding and truncation into its file.
+        pipeline.register_modules(tokenizer=build_tokenizer())
         save_pipeline(pipeline, arguments.output_dir / NAMES[stage], model_card(stage, figures, logs))
         print(f"Saved {arguments.output_dir / NAMES[stage]}")
 

@@ -1,19 +1,18 @@
-#!/usr/bin/env python
 """Train the tiny Stable Diffusion and the tiny InstructPix2Pix kept under assets/.
 
-    python tools/train_tiny_base.py --stage linear   --work_dir outputs/tiny_base
-    python tools/train_tiny_base.py --stage decoder  --work_dir outputs/tiny_base
-    python tools/train_tiny_base.py --stage base     --work_dir outputs/tiny_base
-    python tools/train_tiny_base.py --stage instruct --work_dir outputs/tiny_base
+    python -m tools.train_tiny_base --stage linear   --work_dir outputs/tiny_base
+    python -m tools.train_tiny_base --stage vae      --work_dir outputs/tiny_base
+    python -m tools.train_tiny_base --stage base     --work_dir outputs/tiny_base
+    python -m tools.train_tiny_base --stage instruct --work_dir outputs/tiny_base
 
-Run from the repository's root; recipes/tiny_base.sh does it all. `decoder` and `base` need `linear` alone, so
-they may run side by side; `instruct` starts from `base`. Every stage writes its state to --work_dir now and
-then, and the same command again goes on from there. A stage that has ended stays.
-tools/save_tiny_base.py then measures the models and makes pipeline folders of them.
+Run from the repository's root; recipes/tiny_base.sh does it all. Each stage starts from what the one before it
+made. Every stage writes its state to --work_dir now and then, and the same command again goes on from there. A
+stage that has ended stays. tools/save_tiny_base.py then measures the models and makes pipeline folders of them.
 
 linear    The best *linear* convolutional autoencoder of the VAE's shape, found in minutes on 64-pixel tiles
-          and then embedded in the VAE. Its encoder is final: the latents are linear in the image.
-decoder   The VAE's decoder, as the non-linear network it is, on those latents.
+          of photos, cartoons and other edited photos, and then embedded in the VAE.
+vae       Encoder and decoder together, as the non-linear networks they are, from there. The squared error
+          alone, no perceptual or adversarial loss: what counts here is the ceiling, in dB, that it sets.
 base      The 4-channel text-to-image UNet and its text encoder, on latents of photos captioned by their file
           names, some of them edited: "a photo of a windmill", "a gray photo of a windmill".
 instruct  The 8-channel InstructPix2Pix (Brooks et al. 2023) on the edits and restorations of
@@ -36,6 +35,7 @@ from pathlib import Path
 
 TILE = 64  # pixels; 16 x 16 latents
 SCALES = (96, 128, 160, 192, 256)  # pixels of the photo's shorter side from which tiles are cut
+POSTERIOR_DEVIATION = 0.05  # of latents whose variance is 1
 
 
 # --- photos --------------------------------------------------------------------------
@@ -134,8 +134,28 @@ def save_tensors(tensors: dict, path: Path, **metadata: str) -> None:
     os.replace(temporary, path)
 
 
+def matrix_views(modules: dict, parameters: dict) -> dict:
+    """Those of the named `parameters` that Muon updates, as views (rows, columns) under the same names.
+
+    The weights of convolutions and linear layers, unless they have too few channels to speak of a matrix.
+    """
+    import torch
+
+    layers = [layer for module in modules.values() for layer in module.modules()]
+    weights = {id(layer.weight) for layer in layers if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)}
+    return {
+        key: torch.nn.Parameter(value.detach().flatten(1))
+        for key, value in parameters.items()
+        if id(value) in weights and len(value) >= 8 and value[0].numel() >= 16
+    }
+
+
 def optimise(name: str, modules: dict, loss_at, evaluate, arguments) -> float:
-    """Minimise `loss_at(step, generator)` over the modules' parameters with AdamW; leave their EMA in them.
+    """Minimise `loss_at(step, generator)` over the modules' parameters; leave their EMA in them.
+
+    The weights of convolutions and linear layers, as matrices with a row for each output channel, are updated
+    by Muon (Jordan et al. 2024) with `arguments.matrix_learning_rate`, all else by AdamW. A rate of zero
+    leaves everything to AdamW.
 
     The generator of a step is seeded by the run's seed and the step, so a resumed run sees the same batches
     as an uninterrupted one. State goes to `<work_dir>/<name>.state.safetensors` and figures, one JSON object
@@ -146,10 +166,18 @@ def optimise(name: str, modules: dict, loss_at, evaluate, arguments) -> float:
     from safetensors import safe_open
     from tqdm import tqdm
 
-    work_dir, steps, peak = arguments.work_dir, arguments.steps, arguments.learning_rate
+    work_dir, steps = arguments.work_dir, arguments.steps
     state_file = work_dir / f"{name}.state.safetensors"
     parameters = {f"{m}.{p}": v for m, module in modules.items() for p, v in module.named_parameters()}
-    optimiser = torch.optim.AdamW(parameters.values(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    matrices = matrix_views(modules, parameters) if arguments.matrix_learning_rate else {}
+    others = {key: value for key, value in parameters.items() if key not in matrices}
+    optimisers = [
+        (arguments.learning_rate, torch.optim.AdamW(others.values(), betas=(0.9, 0.99), weight_decay=1e-4), others)
+    ]
+    if matrices:
+        # With this adjustment an update is as large as one of AdamW at the same rate.
+        muon = torch.optim.Muon(matrices.values(), weight_decay=1e-4, adjust_lr_fn="match_rms_adamw")
+        optimisers.append((arguments.matrix_learning_rate, muon, matrices))
     average = {key: value.detach().clone() for key, value in parameters.items()}
     first, spent = 0, 0.0
     if state_file.exists():
@@ -158,11 +186,11 @@ def optimise(name: str, modules: dict, loss_at, evaluate, arguments) -> float:
             for key, value in parameters.items():
                 value.copy_(state.get_tensor(f"weight.{key}"))
                 average[key].copy_(state.get_tensor(f"average.{key}"))
-                optimiser.state[value] = {
-                    "step": torch.tensor(float(first)),
-                    "exp_avg": state.get_tensor(f"mean.{key}"),
-                    "exp_avg_sq": state.get_tensor(f"square.{key}"),
-                }
+            for _, optimiser, values in optimisers:
+                for entry in state.keys():
+                    kind, key = entry.split(".", 1)
+                    if key in values and kind not in ("weight", "average"):
+                        optimiser.state[values[key]][kind] = state.get_tensor(entry)
 
     def swap():
         with torch.no_grad():
@@ -175,8 +203,9 @@ def optimise(name: str, modules: dict, loss_at, evaluate, arguments) -> float:
         tensors = {}
         for key, value in parameters.items():
             tensors |= {f"weight.{key}": value, f"average.{key}": average[key]}
-            tensors |= {f"mean.{key}": optimiser.state[value]["exp_avg"]}
-            tensors |= {f"square.{key}": optimiser.state[value]["exp_avg_sq"]}
+        for _, optimiser, values in optimisers:
+            for key, value in values.items():
+                tensors |= {f"{kind}.{key}": tensor for kind, tensor in optimiser.state[value].items()}
         save_tensors(tensors, state_file, step=str(step), seconds=str(spent))
 
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps, mininterval=5)
@@ -186,12 +215,16 @@ def optimise(name: str, modules: dict, loss_at, evaluate, arguments) -> float:
         generator = torch.Generator().manual_seed(arguments.seed * 1_000_003 + step)
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         loss = loss_at(step, generator)
-        optimiser.zero_grad(set_to_none=True)
+        for value in parameters.values():
+            value.grad = None
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, steps, peak, warmup=min(200, steps // 10))
-        optimiser.step()
+        for key, matrix in matrices.items():
+            matrix.grad = parameters[key].grad.flatten(1)
+        for peak, optimiser, _ in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, steps, peak, warmup=min(200, steps // 10))
+            optimiser.step()
         decay = min(arguments.ema, (step + 1) / (step + 10))
         with torch.no_grad():
             for key, value in parameters.items():
@@ -265,7 +298,7 @@ def embed_linear(vae, images) -> None:
     Before each output convolution stand a group normalisation and SiLU. Channels in fours (x, -x, K, -K) pass
     both: with K well above x the normalisation divides by nearly a constant, which its gain undoes, and
     silu(x) - silu(-x) = x. The latents are then brought to zero mean and unit variance by the two 1x1
-    convolutions between encoder and decoder, and the posterior's standard deviation to 0.05.
+    convolutions between encoder and decoder, and the posterior's deviation to POSTERIOR_DEVIATION.
     `images`, (B, 3, H, W) in [-1, 1], are what the scales are measured on.
     """
     import torch
@@ -277,7 +310,7 @@ def embed_linear(vae, images) -> None:
         vae.quant_conv.weight.zero_(), vae.quant_conv.bias.zero_()
         vae.quant_conv.weight[:4, :4, 0, 0] = torch.diag(1 / deviation)
         vae.quant_conv.bias[:4] = -mean / deviation
-        vae.quant_conv.bias[4:] = 2 * math.log(0.05)
+        vae.quant_conv.bias[4:] = 2 * math.log(POSTERIOR_DEVIATION)
         vae.post_quant_conv.weight[..., 0, 0] = torch.diag(deviation)
         vae.post_quant_conv.bias.copy_(mean)
 
@@ -305,23 +338,27 @@ def embed_linear(vae, images) -> None:
 def autoencoder_data(arguments, photos: dict, held_out: dict):
     """(batch, probes): a function from a generator to training images, and the held-out images by name.
 
-    All are float32 (B, 3, H, W) in [-1, 1]. A third of the training tiles are edited photos.
+    All are float32 (B, 3, H, W) in [-1, 1]. Half of the training tiles are photos, the others stand for the
+    pictures that edits make, which the latents have to hold as well: cartoons above all.
     """
     import numpy as np
     import torch
-    from generic_edits import flat_colours, gray, invert, more_contrast, posterize, vivid
     from tqdm import tqdm
+
+    from data_preparation.cartoonizer import opencv_cartoonize
+    from tools.generic_edits import flat_colours, gray, invert, more_contrast, posterize, vivid
+
+    def cartoon(image, rng):
+        return opencv_cartoonize(image[None])[0]
 
     tiles, _ = cut_tiles(photos, arguments.tiles, arguments.seed)
     rng = np.random.default_rng(arguments.seed)
-    # They stand for the pictures that edits make, which the latents have to hold as well.
-    changes = (flat_colours, flat_colours, flat_colours, posterize, vivid, more_contrast, gray, invert)
-    for number in tqdm(range(0, len(tiles), 3), desc="edited tiles", mininterval=5):
-        tiles[number] = changes[number // 3 % len(changes)](np.ascontiguousarray(tiles[number]), rng)
+    changes = (cartoon, flat_colours, cartoon, posterize, cartoon, vivid, cartoon, more_contrast, gray, invert)
+    for number in tqdm(range(0, len(tiles), 2), desc="edited tiles", mininterval=5):
+        tiles[number] = changes[number // 2 % len(changes)](np.ascontiguousarray(tiles[number]), rng)
 
     probes = {"photos": centre_crops(held_out, 128), "photo details": centre_crops(held_out, 256)}
-    rng = np.random.default_rng(0)
-    probes["drawings"] = np.stack([flat_colours(image, rng) for image in probes["photos"]])
+    probes["cartoons"] = opencv_cartoonize(probes["photos"])
     probes = {name: to_model(images, arguments.device) for name, images in probes.items()}
 
     def batch(generator, size: int = arguments.batch_size):
@@ -347,7 +384,8 @@ def vae_ceiling(vae, probes: dict) -> dict:
 def train_linear(arguments, photos: dict, held_out: dict) -> None:
     """Train the linear autoencoder, embed it in the VAE and save that to `<work_dir>/linear`."""
     import torch
-    from build_tiny_base import build_vae
+
+    from tools.build_tiny_base import build_vae
 
     batch, probes = autoencoder_data(arguments, photos, held_out)
     torch.manual_seed(arguments.seed)
@@ -371,8 +409,12 @@ def train_linear(arguments, photos: dict, held_out: dict) -> None:
     finish(arguments.work_dir, "linear", {"vae": vae}, figures | vae_ceiling(vae, probes))
 
 
-def train_decoder(arguments, photos: dict, held_out: dict) -> None:
-    """Train the decoder on the latents of the linear encoder; save the whole VAE to `<work_dir>/decoder`."""
+def train_vae(arguments, photos: dict, held_out: dict) -> None:
+    """Train encoder and decoder together, from the linear solution; save the VAE to `<work_dir>/vae`.
+
+    The latents that are decoded carry noise in proportion to their own spread in the batch. So neighbouring
+    latents decode alike, and nothing is gained by larger latents, as it would be with noise of a fixed size.
+    """
     import torch
     from diffusers import AutoencoderKL
 
@@ -382,20 +424,34 @@ def train_decoder(arguments, photos: dict, held_out: dict) -> None:
 
     def loss(step, generator):
         images = batch(generator)
-        with torch.no_grad():
-            posterior = vae.encode(images).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(arguments.device)
-        return (vae.decode(posterior.mean + posterior.std * noise).sample - images).square().mean()
+        latents = vae.encode(images).latent_dist.mean
+        noise = torch.randn(latents.shape, generator=generator).to(arguments.device)
+        spread = latents.std((0, 2, 3), keepdim=True)
+        return (vae.decode(latents + POSTERIOR_DEVIATION * spread * noise).sample - images).square().mean()
 
-    modules = {"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}
-    seconds = optimise("decoder", modules, loss, lambda: vae_ceiling(vae, probes), arguments)
-    figures = {
-        "seconds": round(seconds),
-        "steps": arguments.steps,
-        "start": start,
-        **vae_ceiling(vae, probes),
-    }
-    finish(arguments.work_dir, "decoder", {"vae": vae}, figures)
+    seconds = optimise("vae", {"vae": vae}, loss, lambda: vae_ceiling(vae, probes), arguments)
+    standardise_latents(vae, batch(torch.Generator().manual_seed(arguments.seed), 1024))
+    figures = {"seconds": round(seconds), "steps": arguments.steps, "start": start, **vae_ceiling(vae, probes)}
+    finish(arguments.work_dir, "vae", {"vae": vae}, figures)
+
+
+def standardise_latents(vae, images) -> None:
+    """Bring the latents of `images`, (B, 3, H, W) in [-1, 1], to zero mean and unit variance in each channel.
+
+    The 1x1 convolution behind the encoder does it and the one before the decoder undoes it: what is decoded
+    stays the same. The posterior's standard deviation becomes POSTERIOR_DEVIATION everywhere.
+    """
+    import torch
+
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
+        mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+        before, after = vae.quant_conv, vae.post_quant_conv
+        before.weight[:4] /= deviation[:, None, None, None]
+        before.bias[:4] = (before.bias[:4] - mean) / deviation
+        before.weight[4:].zero_(), before.bias[4:].fill_(2 * math.log(POSTERIOR_DEVIATION))
+        after.bias += after.weight[..., 0, 0] @ mean
+        after.weight *= deviation[None, :, None, None]
 
 
 def used_convolutions(vae) -> list:
@@ -518,12 +574,13 @@ def train_base(arguments, photos: dict, held_out: dict) -> None:
     """Train the 4-channel UNet with its text encoder and save both to `<work_dir>/base`."""
     import numpy as np
     import torch
-    from build_tiny_base import build_scheduler, build_text_encoder, build_tokenizer, build_unet
     from diffusers import AutoencoderKL
-    from generic_edits import EDITS
+
+    from tools.build_tiny_base import build_scheduler, build_text_encoder, build_tokenizer, build_unet
+    from tools.generic_edits import EDITS
 
     device = arguments.device
-    vae = AutoencoderKL.from_pretrained(arguments.work_dir / "linear" / "vae").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(arguments.work_dir / "vae" / "vae").to(device).eval()
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     captions: dict[str, int] = {"": 0}
 
@@ -577,7 +634,8 @@ def train_base(arguments, photos: dict, held_out: dict) -> None:
 def make_pairs(name: str, tiles, rng):
     """(source, target) tiles of one edit or restoration of generic_edits.py: uint8 (N, H, W, 3) each."""
     import numpy as np
-    from generic_edits import EDITS, RESTORATIONS
+
+    from tools.generic_edits import EDITS, RESTORATIONS
 
     function = (EDITS.get(name) or RESTORATIONS[name])[0]
     changed = np.stack([function(np.ascontiguousarray(tile), rng) for tile in tiles])
@@ -626,8 +684,9 @@ def edit_figures(pipeline, crops, names: list[str], guidance: float, image_guida
     """
     import numpy as np
     import torch
-    from generic_edits import EDITS, RESTORATIONS
     from tqdm import tqdm
+
+    from tools.generic_edits import EDITS, RESTORATIONS
 
     figures = {}
     for name in tqdm(names, desc=f"edits, guidance {guidance:g}", leave=False):
@@ -655,13 +714,14 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
     """Train the 8-channel UNet with its text encoder and save both to `<work_dir>/instruct`."""
     import numpy as np
     import torch
-    from build_tiny_base import assemble, build_scheduler, build_tokenizer
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from generic_edits import EDITS, RESTORATIONS
     from transformers import CLIPTextModel
 
+    from tools.build_tiny_base import assemble, build_scheduler, build_tokenizer
+    from tools.generic_edits import EDITS, RESTORATIONS
+
     device, work_dir = arguments.device, arguments.work_dir
-    vae = AutoencoderKL.from_pretrained(work_dir / "linear" / "vae").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").to(device).eval()
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     names = [name for name in (*EDITS, *RESTORATIONS) if name != "keep"]
 
@@ -746,11 +806,11 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-STAGE_DEFAULTS = {  # steps, batch size, peak learning rate
-    "linear": (1500, 16, 2e-3),
-    "decoder": (4000, 8, 5e-4),
-    "base": (1600, 16, 1e-3),
-    "instruct": (6000, 16, 1e-3),
+STAGE_DEFAULTS = {  # steps, batch size, peak learning rates of AdamW and Muon
+    "linear": (1500, 16, 2e-3, 0.0),
+    "vae": (5000, 8, 1e-3, 3e-3),
+    "base": (1000, 16, 1e-3, 3e-3),
+    "instruct": (4500, 16, 1e-3, 3e-3),
 }
 
 
@@ -774,11 +834,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     training = parser.add_argument_group("training")
     listed = {
         name: ", ".join(f"{stage} {values[column]:g}" for stage, values in STAGE_DEFAULTS.items())
-        for column, name in enumerate(("steps", "batch_size", "learning_rate"))
+        for column, name in enumerate(("steps", "batch_size", "learning_rate", "matrix_learning_rate"))
     }
     training.add_argument("--steps", type=int, help=f"updates; else: {listed['steps']}")
     training.add_argument("--batch_size", type=int, help=f"tiles an update; else: {listed['batch_size']}")
     training.add_argument("--learning_rate", type=float, help=f"peak; else: {listed['learning_rate']}")
+    training.add_argument(
+        "--matrix_learning_rate",
+        type=float,
+        help=f"peak of Muon's, for the matrices; 0: AdamW's for all; else: {listed['matrix_learning_rate']}",
+    )
     training.add_argument("--ema", type=float, default=0.995, help="decay of the moving average that is kept")
     training.add_argument("--seed", type=int, default=0, help="fixes the weights, the tiles and the batches")
     training.add_argument("--log_every", type=int, default=200, help="updates between saved states")
@@ -787,18 +852,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--device", default="auto", help="auto, cpu or cuda")
     arguments = parser.parse_args(argv)
 
-    steps, batch_size, rate = STAGE_DEFAULTS[arguments.stage]
-    arguments.steps = steps if arguments.steps is None else arguments.steps
-    arguments.batch_size = batch_size if arguments.batch_size is None else arguments.batch_size
-    arguments.learning_rate = rate if arguments.learning_rate is None else arguments.learning_rate
+    for name, value in zip(listed, STAGE_DEFAULTS[arguments.stage], strict=True):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     for flag in ("steps", "batch_size", "tiles", "log_every", "learning_rate"):
         if getattr(arguments, flag) <= 0:
             parser.error(f"--{flag}: {getattr(arguments, flag)} is not above zero; give a positive number")
+    if arguments.matrix_learning_rate < 0:
+        parser.error(f"--matrix_learning_rate: {arguments.matrix_learning_rate} is below zero; give 0 or more")
     for flag in ("photos", "held_out"):
         folder = getattr(arguments, flag)
         if not any(folder.glob("*.webp")):
             parser.error(f"--{flag}: {folder} holds no .webp photos; name a folder that does")
-    needed = {"linear": None, "decoder": "linear", "base": "linear", "instruct": "base"}[arguments.stage]
+    needed = {"linear": None, "vae": "linear", "base": "vae", "instruct": "base"}[arguments.stage]
     if needed and not (arguments.work_dir / f"{needed}.json").exists():
         parser.error(f"--stage: {arguments.stage} needs {arguments.work_dir}/{needed}; run --stage {needed} first")
     return arguments
@@ -820,7 +886,7 @@ def main() -> None:
     photos, held_out = load_photos(arguments.photos), load_photos(arguments.held_out)
     stages = {
         "linear": train_linear,
-        "decoder": train_decoder,
+        "vae": train_vae,
         "base": train_base,
         "instruct": train_instruct,
     }
