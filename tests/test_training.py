@@ -49,13 +49,6 @@ def test_a_run_leaves_a_pipeline_that_loads_whole_and_edits(script, small_run, c
     assert not list(output_dir.glob(".*"))
 
 
-def test_training_learns_the_task(small_run):
-    """A run long enough to see the loss fall on the very pairs it is shown."""
-    output_dir = small_run(max_train_steps=40, learning_rate=3e-3)
-    history = losses(output_dir)
-    assert sum(history[-10:]) < 0.97 * sum(history[:10])
-
-
 def test_the_export_holds_the_average_where_one_is_kept(small_run):
     output_dir = small_run(use_ema=True, checkpointing_steps=4)
     names = load_file(output_dir / UNET)
