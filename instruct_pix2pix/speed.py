@@ -41,7 +41,7 @@ def settle(args, accelerator, plan, training, passes) -> None:
         logger.info("--max_micro_batch_size auto: %d images in a forward pass", training.micro_batch_size)
     if not args.compile:
         return
-    logger.info("compiling the UNet")
+    logger.info("compiling the UNet%s", "" if on_gpu else ": on a CPU that takes minutes and gains nothing")
     training.predict = torch.compile(training.unet)
     try:
         with warnings.catch_warnings():
