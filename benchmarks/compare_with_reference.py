@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                         flags.append("--compile")
                     timed = time_reference(args, flags) if side == "reference" else time_ours(args, flags, output_dir)
                     times[side].append(round(timed, 4))
+                    tqdm.write(f"{name}, {side}: {timed:.3f} s", file=sys.stderr)  # kept where a later run is stopped
                     progress.update(1)
     result = {
         "command": f"python -m benchmarks.compare_with_reference {shlex.join(argv)}",
