@@ -253,7 +253,7 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
         unet=unet,
         bare_unet=bare_unet,
         predict=unet,
-        micro_batch_size=args.train_batch_size,
+        micro_batch_size=speed.micro_batch_sizes(args)[0],
         graph=None,
         vae=vae,
         text_encoder=text_encoder,

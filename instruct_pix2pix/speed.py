@@ -32,11 +32,12 @@ def settle(args, accelerator, plan, training, passes) -> None:
     `passes(accelerator, training, inputs)` runs the forward and backward passes of an update. It is tried on inputs of
     zeros; the gradients of that are thrown away.
     """
-    sizes = micro_batch_sizes(args)
-    training.micro_batch_size = sizes[0]
-    on_gpu = accelerator.device.type == "cuda"
+    sizes, on_gpu = micro_batch_sizes(args), accelerator.device.type == "cuda"
+    fit = on_gpu and len(sizes) > 1
+    if not (fit or args.compile):
+        return
     inputs = _blank_inputs(args, plan, training)
-    if on_gpu and len(sizes) > 1:
+    if fit:
         training.micro_batch_size = _largest_that_fits(sizes, accelerator, training, passes, inputs)
         logger.info("--max_micro_batch_size auto: %d images in a forward pass", training.micro_batch_size)
     if not args.compile:
