@@ -26,10 +26,14 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * live."""
-        weight = 1.0 - ema_decay(self.updates, self.decay)
         live = [p.detach().to(s.device, s.dtype) for s, p in zip(self.shadow, self.live, strict=True)]
-        torch._foreach_lerp_(self.shadow, live, weight)
+        torch._foreach_lerp_(self.shadow, live, self.advance())
+
+    def advance(self) -> float:
+        """Count an update; returns the share that the live weights have in it."""
+        share = 1.0 - ema_decay(self.updates, self.decay)
         self.updates += 1
+        return share
 
     @contextmanager
     def swapped_in(self):

@@ -178,7 +178,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--compile",
         action="store_true",
         help="Compile the UNet (torch.compile, a minute or more at the start), use channels_last on a GPU, and on a"
-        " single GPU record forward and backward passes as a CUDA graph. Same numbers to rounding.",
+        " single GPU clip, step and average in one pass and record the whole update as a CUDA graph. Same numbers to"
+        " rounding.",
     )
     add("--local_rank", type=int, default=-1, help="Set by launchers; accelerate reads its own environment.")
 

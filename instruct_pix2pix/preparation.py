@@ -61,7 +61,9 @@ class Training:
     bare_unet: torch.nn.Module  # the same weights, to save and to sample with
     predict: object  # the same again, to train: compiled with --compile
     micro_batch_size: int  # samples in one forward pass
-    graph: speed.PassesGraph | None  # forward and backward passes as a CUDA graph, with --compile
+    one_pass: object | None  # with --compile on one GPU: a one_pass.OnePass instead of clipping, AdamW and average
+    graph: speed.UpdateGraph | None  # the whole update as a CUDA graph, likewise
+    stream: torch.cuda.Stream | None  # on a GPU: where the next window is prepared while an update runs
     vae: torch.nn.Module
     text_encoder: torch.nn.Module
     tokenizer: object
@@ -73,6 +75,15 @@ class Training:
     cache: latent_cache.LatentCache | None  # with --cache_latents; the frozen models then rest on the CPU
     windows: object  # iterator over what this process does in an update: all samples of its accumulation window
     checkpoints: checkpoints.Writer
+
+    @property
+    def eager(self) -> torch.nn.Module:
+        """What `predict` is without the compiler; its parameters are where gradients gather."""
+        return self.unet if self.one_pass is None else self.one_pass.unet
+
+    def drop_gradients(self) -> None:
+        for parameter in self.eager.parameters():
+            parameter.grad = None
 
 
 # ---- without weights
@@ -254,7 +265,9 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
         bare_unet=bare_unet,
         predict=unet,
         micro_batch_size=speed.micro_batch_sizes(args)[0],
+        one_pass=None,
         graph=None,
+        stream=_stream(accelerator),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
@@ -267,6 +280,14 @@ def build(args, accelerator: Accelerator, plan: Plan) -> Training:
         windows=_windows(args, accelerator, plan, cache, latent_shape, num_timesteps=len(alphas_cumprod)),
         checkpoints=checkpoints.Writer(),
     )
+
+
+def _stream(accelerator: Accelerator) -> torch.cuda.Stream | None:
+    if accelerator.device.type != "cuda":
+        return None
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # for what was built so far: models, cache
+    return stream
 
 
 def _build_optimizer(args, unet) -> torch.optim.Optimizer:

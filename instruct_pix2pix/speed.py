@@ -1,4 +1,4 @@
-"""How the forward and backward passes of an update are run: in which micro-batches, compiled, as a CUDA graph.
+"""How an update is run: in which micro-batches, compiled, with its optimizer in one pass, as a CUDA graph.
 
 Nothing here changes what is computed, but for rounding. What a machine cannot do is said in one line and left out.
 """
@@ -43,7 +43,9 @@ def settle(args, accelerator, plan, training, passes) -> None:
     if not args.compile:
         return
     logger.info("compiling the UNet%s", "" if on_gpu else ": on a CPU that takes minutes and gains nothing")
-    training.predict = torch.compile(training.unet)
+    if on_gpu and accelerator.num_processes == 1:
+        training.one_pass = _one_pass(args, accelerator, training)
+    training.predict = torch.compile(training.eager)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks about the libraries' code
@@ -51,51 +53,88 @@ def settle(args, accelerator, plan, training, passes) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler that is missing or fails raises something of its own at every stage
-        training.predict = training.unet
+        training.predict = training.eager
         logger.warning("--compile: the compiler failed (%s); going on without it", _first_line(error))
-    if on_gpu and accelerator.num_processes == 1:
-        if args.gradient_checkpointing:
-            logger.info("--compile: no CUDA graph with --gradient_checkpointing, which saves random states underway")
-            return
+    if training.one_pass is not None and not args.gradient_checkpointing:
         try:
-            training.graph = PassesGraph(accelerator, training, passes, inputs)
+            training.graph = UpdateGraph(accelerator, training, passes, inputs)
         except Exception as error:  # memory that the recording holds on to, an operation that cannot be recorded
-            training.optimizer.zero_grad(set_to_none=True)
+            training.drop_gradients()
             logger.warning("--compile: no CUDA graph (%s); going on without it", _first_line(error))
 
 
-class PassesGraph:
-    """The passes of an update, recorded once as a CUDA graph: the host then launches one thing instead of thousands.
+def _one_pass(args, accelerator, training):
+    """The one-pass optimizer, tried on gradients of zeros; None, with a line, where it cannot be had."""
+    if args.use_8bit_adam or args.offload_ema:
+        logger.info("--compile: neither one-pass optimizer nor CUDA graph with --use_8bit_adam or --offload_ema")
+        return None
+    if args.gradient_checkpointing:
+        logger.info("--compile: no CUDA graph with --gradient_checkpointing, which saves random states underway")
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    if training.micro_batch_size < args.train_batch_size * args.gradient_accumulation_steps:
+        half = None
+    try:
+        from instruct_pix2pix.one_pass import OnePass  # needs Triton, as the compiler does
 
-    Inputs are copied to where the recording read them. Gradients are where the recording wrote them, and are handed to
-    the parameters after each replay, so that the optimizer may drop them as ever.
+        parts = (training.bare_unet, training.optimizer.optimizer, training.ema, args.max_grad_norm)
+        one_pass = OnePass(*parts, half, accelerator.scaler)
+        for leaf in one_pass.leaves:
+            leaf.grad = torch.zeros_like(leaf)
+        one_pass.step(dry=True)
+        for leaf in one_pass.leaves:
+            leaf.grad = None
+        return one_pass
+    except Exception as error:  # Triton is missing, or cannot build for this GPU
+        logger.warning("--compile: no one-pass optimizer, no CUDA graph (%s); going on without", _first_line(error))
+        return None
+
+
+class UpdateGraph:
+    """A whole update, recorded once as a CUDA graph: the host then launches one thing instead of thousands.
+
+    Inputs are copied to where the recording read them.
     """
 
     def __init__(self, accelerator, training, passes, inputs: dict[str, torch.Tensor]):
         self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self.parameters = [p for p in training.bare_unet.parameters() if p.requires_grad]
+        self.one_pass = training.one_pass
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP_PASSES):
                 passes(accelerator, training, self.inputs)
-                training.optimizer.zero_grad(set_to_none=True)
+                self.one_pass.step(dry=True)
+                training.drop_gradients()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's thread may pin memory meanwhile, which the default mode takes for an error.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.loss = passes(accelerator, training, self.inputs)
-        self.gradients = [p.grad for p in self.parameters]
-        training.optimizer.zero_grad(set_to_none=True)
+            self.norm = self.one_pass.step(recording=True)
+        self.one_pass.point_at(self.one_pass.recorded)
+        training.drop_gradients()
 
-    def replay(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The loss of an update; the gradients are in the parameters."""
+    def replay(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """An update; returns its loss and its gradients' norm before clipping."""
         for name, tensor in inputs.items():
             self.inputs[name].copy_(tensor)
+        self.one_pass.set_rate(learning_rate)
         self.graph.replay()
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        return self.loss.clone()
+        return self.loss.clone(), self.norm.clone()
+
+
+def beside_the_update(stream, make) -> dict[str, torch.Tensor]:
+    """make(), launched on a stream of its own: a GPU works on it beside the update before, which the host is ahead of.
+    Without a stream, on a CPU, just make()."""
+    if stream is None:
+        return make()
+    with torch.cuda.stream(stream):
+        tensors = make()
+    current = torch.cuda.current_stream()
+    current.wait_stream(stream)
+    for tensor in tensors.values():
+        tensor.record_stream(current)  # its memory is not given away before the update has read it
+    return tensors
 
 
 def out_of_memory(args) -> MemoryShortage:
@@ -143,7 +182,7 @@ def _try_passes(accelerator, training, passes, inputs, reserve: int = 0) -> None
         passes(accelerator, training, inputs, synchronise=False)
     finally:
         del held
-        training.optimizer.zero_grad(set_to_none=True)
+        training.drop_gradients()
 
 
 def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) -> int:

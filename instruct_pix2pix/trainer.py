@@ -108,18 +108,22 @@ def update(args, accelerator: Accelerator, plan: Plan, training: Training, step:
     window = next(training.windows)
     if isinstance(window, RowError):
         raise window
-    inputs = prepare(args, accelerator, plan, training, window)
+    learning_rate = training.learning_rate(step - 1)
+    inputs = speed.beside_the_update(training.stream, lambda: prepare(args, accelerator, plan, training, window))
     if training.graph is not None:
-        loss = training.graph.replay(inputs)
+        return training.graph.replay(inputs, learning_rate)
+    loss = forward_backward(accelerator, training, inputs)
+    if training.one_pass is not None:
+        training.one_pass.set_rate(learning_rate)
+        grad_norm = training.one_pass.step()
     else:
-        loss = forward_backward(accelerator, training, inputs)
-    grad_norm = clip_gradients(args, accelerator, training)
-    for group in training.optimizer.param_groups:
-        group["lr"] = training.learning_rate(step - 1)
-    training.optimizer.step()
-    training.optimizer.zero_grad(set_to_none=True)
-    if training.ema is not None:
-        training.ema.update()
+        grad_norm = clip_gradients(args, accelerator, training)
+        for group in training.optimizer.param_groups:
+            group["lr"] = learning_rate
+        training.optimizer.step()
+        if training.ema is not None:
+            training.ema.update()
+    training.drop_gradients()
     return loss, grad_norm
 
 
