@@ -19,7 +19,7 @@ MIXED_PRECISION=${MIXED_PRECISION:-fp16}
 REPORT_TO=${REPORT_TO:-wandb}
 VAL_IMAGE_URL=${VAL_IMAGE_URL:-https://hf.co/datasets/diffusers/diffusers-images-docs/resolve/main/mountain.png}
 
-accelerate launch --mixed_precision="$MIXED_PRECISION" finetune_instruct_pix2pix.py \
+accelerate launch --quiet --mixed_precision="$MIXED_PRECISION" finetune_instruct_pix2pix.py \
   --pretrained_model_name_or_path="$MODEL_ID" \
   --dataset_name="$DATASET_ID" \
   --use_ema \

@@ -19,7 +19,7 @@ MIXED_PRECISION=${MIXED_PRECISION:-fp16}
 REPORT_TO=${REPORT_TO:-wandb}
 VAL_IMAGE_URL=${VAL_IMAGE_URL:-https://hf.co/datasets/sayakpaul/sample-datasets/resolve/main/derain_the_image_1.png}
 
-accelerate launch --mixed_precision="$MIXED_PRECISION" train_instruct_pix2pix.py \
+accelerate launch --quiet --mixed_precision="$MIXED_PRECISION" train_instruct_pix2pix.py \
   --pretrained_model_name_or_path="$MODEL_ID" \
   --dataset_name="$DATASET_ID" \
   --original_image_column="input_image" --edit_prompt_column="instruction" --edited_image_column="ground_truth_image" \

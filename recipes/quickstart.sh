@@ -44,7 +44,7 @@ python $BUILD --all_instructions \
 
 echo "2/3  Fine-tuning ($MAX_TRAIN_STEPS updates)"
 # 64-pixel crops train well and fast; the edits that follow are of whole 128-pixel pictures.
-accelerate launch --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
+accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
   --num_cpu_threads_per_process="$THREADS" \
   finetune_instruct_pix2pix.py \
   --pretrained_model_name_or_path="$MODEL_ID" \
