@@ -12,6 +12,7 @@ Prints a table, then one JSON line.
 """
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -154,19 +155,27 @@ def measured_rates(device) -> tuple[float, float]:
     return 2 * side**3 / best(lambda: a @ b), 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
-def time_one_pass(one_pass, device, repeats: int = 20) -> float:
-    """Milliseconds of clipping, AdamW, average and copies by themselves, on gradients of zeros."""
+def time_one_pass(one_pass, repeats: int = 20) -> float:
+    """Milliseconds of clipping, AdamW, average and copies, recorded by themselves, on gradients of zeros."""
     import torch
 
     for leaf in one_pass.leaves:
         leaf.grad = torch.zeros_like(leaf)
-    one_pass.step()
-    wait(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one_pass.step(recording=True)
+    one_pass.finish_recording()
+    graph.replay()
+    torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(repeats):
-        one_pass.step()
-    wait(device)
-    return 1000 * (time.perf_counter() - start) / repeats
+        graph.replay()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / repeats
+    one_pass.recorded = []
+    for leaf in one_pass.leaves:
+        leaf.grad = None
+    return 1000 * seconds
 
 
 def wait(device) -> None:
@@ -202,6 +211,9 @@ def main(argv: list[str] | None = None) -> dict:
     plan = preparation.check(flags, accelerator, expected_in_channels=4)
     training = preparation.build(flags, accelerator, plan)
     speed.settle(flags, accelerator, plan, training, trainer.forward_backward)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     seconds_from_launch = {"ready": round(time.time() - launched, 1)}
     step = 0
 
@@ -230,12 +242,6 @@ def main(argv: list[str] | None = None) -> dict:
         total = 1000 * (time.perf_counter() - start) / args.updates
     else:
         total = 1000 * statistics.median(run(args.updates))
-    graph, predict = training.graph, training.predict
-    training.graph, training.predict = None, training.eager  # operations are counted as they are dispatched
-    with FlopCounterMode(display=False) as counted:
-        run(1)
-    training.graph, training.predict = graph, predict
-
     stages = Stages(device.type == "cuda")
     training.windows = stages.around_next(training.windows, "data")
     if training.cache is not None:
@@ -261,8 +267,16 @@ def main(argv: list[str] | None = None) -> dict:
     staged_total = 1000 * sum(run(args.updates)) / args.updates
     stage_ms = stages.milliseconds(args.updates)
     stage_ms["rest"] = staged_total - sum(stage_ms.values())
-    if training.graph is not None:
-        stage_ms[f"  in the graph: {ONE_PASS}"] = time_one_pass(training.one_pass, device)
+    peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if device.type == "cuda" else None
+    compiled, graphed = training.predict is not training.eager, training.graph is not None
+    # Operations are counted as they are dispatched. A graph's memory is given back first.
+    training.graph, training.predict = None, training.eager
+    if graphed:
+        stage_ms[f"  in the graph: {ONE_PASS}"] = time_one_pass(training.one_pass)
+        gc.collect()
+        torch.cuda.empty_cache()
+    with FlopCounterMode(display=False) as counted:
+        run(1)
 
     parameters = sum(parameter.numel() for parameter in training.bare_unet.parameters())
     flops_rate, bytes_rate = measured_rates(device)
@@ -273,9 +287,9 @@ def main(argv: list[str] | None = None) -> dict:
         "resolution": args.resolution,
         "images_per_update": plan.effective_batch,
         "micro_batch_size": training.micro_batch_size,
-        "compiled": training.predict is not training.eager,
+        "compiled": compiled,
         "one_pass_optimizer": training.one_pass is not None,
-        "cuda_graph": training.graph is not None,
+        "cuda_graph": graphed,
         "gradient_checkpointing": args.gradient_checkpointing,
         "mixed_precision": args.mixed_precision,
         "cached": training.cache is not None,
@@ -290,7 +304,7 @@ def main(argv: list[str] | None = None) -> dict:
         "measured_teraflops": round(flops_rate / 1e12, 3),
         "measured_gigabytes_per_second": round(bytes_rate / 1e9, 1),
         "floor_ms": round(floor, 2),
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.type == "cuda" else None,
+        "peak_memory_gib": peak,
     }
     print_table(result, staged_total)
     print(json.dumps(result))

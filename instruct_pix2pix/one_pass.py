@@ -142,7 +142,9 @@ class OnePass:
                 raise ValueError(f"weight, moments and average of shape {tuple(tensors[0].shape)} lie differently")
         rows = [[tensors[0].numel(), *(t.data_ptr() for t in tensors)] for tensors in zip(*columns, strict=True)]
         self.tensors = torch.tensor(rows, device=device)
-        self.addresses, self.recorded = torch.zeros(len(rows), dtype=torch.int64, device=device), []
+        # Where the gradients are: of a step launched by the host, and of a recorded one, which must stay as they are.
+        self.addresses, self.recorded_addresses = torch.zeros(2, len(rows), dtype=torch.int64, device=device)
+        self.recorded = []
         self.launches = list(self._launches(device))
 
     def _launches(self, device):
@@ -171,16 +173,18 @@ class OnePass:
         """Clip and step with the leaves' gradients, and move the average; returns the gradients' norm before clipping.
 
         Nothing here waits for the device, so that a CUDA graph can record it. A gradient that is not finite under a
-        loss scale leaves the weights alone and lowers the scale, as GradScaler does. `dry` changes nothing. `recording`
-        leaves the gradients in `recorded`: the caller does what cannot be recorded, point_at(recorded), afterwards.
+        loss scale leaves the weights alone and lowers the scale, as GradScaler does. `dry` changes nothing. While
+        `recording`, nothing can be copied from the host: finish_recording() does it afterwards.
         """
         gradients = [_laid_out_as(leaf, leaf.grad) for leaf in self.leaves]
+        addresses = self.recorded_addresses if recording else self.addresses
         if recording:
             self.recorded = gradients
         else:
-            self.point_at(gradients)
+            _write_addresses(addresses, gradients)
         scale = self.scaler.scale(self.one) if self.scaler is not None else self.one
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        by_type = ([g for g in gradients if g.dtype == dtype] for dtype in {g.dtype for g in gradients})
+        norms = [norm for same in by_type for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
         norm = torch.linalg.vector_norm(torch.stack(norms)) / scale
         divisor = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) * scale
         apply = torch.zeros_like(self.one) if dry else self.one
@@ -194,18 +198,25 @@ class OnePass:
         numbers = torch.stack([divisor, self.rate, correction, root_correction, toward, apply]).float()
         sizes = {"CHUNK": CHUNK, "ALIGNMENT": ALIGNMENT}
         for chunks, constants in self.launches:
-            update_chunk[(len(chunks),)](self.tensors, self.addresses, chunks, numbers, **constants, **sizes)
-        if self.scaler is not None and not dry:
+            update_chunk[(len(chunks),)](self.tensors, addresses, chunks, numbers, **constants, **sizes)
+        if self.scaler is not None:
             # What GradScaler.update does with the infinities that its own pass over the gradients would have found.
+            state = (self.scaler._scale, self.scaler._growth_tracker)
+            if dry:
+                state = [tensor.clone() for tensor in state]
             factors = (self.scaler.get_growth_factor(), self.scaler.get_backoff_factor())
-            found = 1 - apply
-            interval = self.scaler.get_growth_interval()
-            torch._amp_update_scale_(self.scaler._scale, self.scaler._growth_tracker, found, *factors, interval)
+            torch._amp_update_scale_(*state, 1 - apply, *factors, self.scaler.get_growth_interval())
         return norm
 
-    def point_at(self, gradients: list[torch.Tensor]) -> None:
-        """Tell the kernel where the gradients are. A recorded step is told once, after the recording."""
-        self.addresses.copy_(torch.tensor([gradient.data_ptr() for gradient in gradients]))
+    def finish_recording(self) -> None:
+        """Tell the recorded kernel where the recorded gradients are; they stay there for every replay."""
+        _write_addresses(self.recorded_addresses, self.recorded)
+
+
+def _write_addresses(table: torch.Tensor, gradients: list[torch.Tensor]) -> None:
+    """From pinned memory, so that the host need not wait for the GPU to come to it."""
+    addresses = torch.tensor([gradient.data_ptr() for gradient in gradients], pin_memory=table.is_cuda)
+    table.copy_(addresses, non_blocking=True)
 
 
 def _alike(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -3,6 +3,7 @@
 Nothing here changes what is computed, but for rounding. What a machine cannot do is said in one line and left out.
 """
 
+import gc
 import logging
 import warnings
 
@@ -12,6 +13,7 @@ from instruct_pix2pix.errors import MemoryShortage
 
 logger = logging.getLogger(__name__)
 
+ROOM_BESIDE = 0.1  # of a GPU's memory, left free by a micro-batch that fits: for live encoders, validation, fragments
 WARM_UP_PASSES = 3  # before a CUDA graph is recorded: PyTorch's manual, "CUDA Graphs", asks for a few on a side stream
 
 
@@ -43,7 +45,7 @@ def settle(args, accelerator, plan, training, passes) -> None:
     if not args.compile:
         return
     logger.info("compiling the UNet%s", "" if on_gpu else ": on a CPU that takes minutes and gains nothing")
-    if on_gpu and accelerator.num_processes == 1:
+    if on_gpu and training.unet is training.bare_unet:  # not wrapped to exchange gradients
         training.one_pass = _one_pass(args, accelerator, training)
     training.predict = torch.compile(training.eager)
     try:
@@ -56,11 +58,18 @@ def settle(args, accelerator, plan, training, passes) -> None:
         training.predict = training.eager
         logger.warning("--compile: the compiler failed (%s); going on without it", _first_line(error))
     if training.one_pass is not None and not args.gradient_checkpointing:
+        stream, failed = torch.cuda.current_stream(), None
         try:
             training.graph = UpdateGraph(accelerator, training, passes, inputs)
         except Exception as error:  # memory that the recording holds on to, an operation that cannot be recorded
+            failed = _first_line(error.__context__ or error)  # the end of a broken recording raises, too
+        if failed is not None:
+            torch.cuda.set_stream(stream)
+            training.one_pass.recorded = []
             training.drop_gradients()
-            logger.warning("--compile: no CUDA graph (%s); going on without it", _first_line(error))
+            gc.collect()
+            torch.cuda.empty_cache()
+            logger.warning("--compile: no CUDA graph (%s); going on without it", failed)
 
 
 def _one_pass(args, accelerator, training):
@@ -107,11 +116,17 @@ class UpdateGraph:
                 training.drop_gradients()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may pin memory meanwhile, which the default mode takes for an error.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.loss = passes(accelerator, training, self.inputs)
-            self.norm = self.one_pass.step(recording=True)
-        self.one_pass.point_at(self.one_pass.recorded)
+        gc.collect()
+        # What autograd may still hold of the passes so far belongs to another stream, which a recording must not touch.
+        torch.autograd.graph.set_override_stale_capture_stream(True)
+        try:
+            # thread_local: the loader's thread may pin memory meanwhile, which the default mode takes for an error.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.loss = passes(accelerator, training, self.inputs)
+                self.norm = self.one_pass.step(recording=True)
+        finally:
+            torch.autograd.graph.set_override_stale_capture_stream(False)
+        self.one_pass.finish_recording()
         training.drop_gradients()
 
     def replay(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,15 +203,19 @@ def _try_passes(accelerator, training, passes, inputs, reserve: int = 0) -> None
 def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) -> int:
     """The first of `sizes` for which the passes run on every process, with room left for the optimizer's state."""
     reserve = 0
+    if accelerator.device.type == "cuda":
+        reserve = int(ROOM_BESIDE * torch.cuda.get_device_properties(accelerator.device).total_memory / 4)
     if not training.optimizer.optimizer.state:
         moments = 2 if isinstance(training.optimizer.optimizer, torch.optim.AdamW) else 0.5  # float32, or 8 bits each
-        reserve = int(moments * sum(p.numel() for p in training.bare_unet.parameters()))
+        reserve += int(moments * sum(p.numel() for p in training.bare_unet.parameters()))
     for size in sizes:
         training.micro_batch_size = size
         fits = torch.ones((), device=accelerator.device)
         try:
             _try_passes(accelerator, training, passes, inputs, reserve)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
             fits.zero_()
         torch.cuda.empty_cache()
         if accelerator.gather(fits).min():
@@ -204,6 +223,12 @@ def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) 
     raise torch.OutOfMemoryError("not even one image fits")
 
 
-def _first_line(error: Exception) -> str:
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """cuBLAS and cuDNN say it in their own words when it is they who find no memory."""
+    signs = ("out of memory", "ALLOC_FAILED", "cuDNN error")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]

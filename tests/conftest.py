@@ -111,6 +111,15 @@ def small_run(base_models, pairs, tmp_path):
 
 
 @pytest.fixture(autouse=True)
+def _exact_kernels(monkeypatch):
+    """On a GPU: the same numbers in every run, in full float32, so that tests can compare them."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_logging():
     """A script sets up logging once per process; tests run it many times."""
     yield
