@@ -49,6 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="Take each task's instructions from this split. The builders keep wordings for the test split that"
         " training never saw; with train, the same images are edited by the wordings it did see.",
     )
+    for role in ("original_image", "edit_prompt", "edited_image"):
+        data.add_argument(f"--{role}_column", help="As in training; columns of the usual names are found without it.")
     data.add_argument("--max_samples", type=int, help="Edit only the first so many rows.")
     data.add_argument("--output_dir", default="outputs/evaluation", help="Where metrics.json and comparison.png go.")
     edit = parser.add_argument_group("editing")
@@ -83,10 +85,58 @@ def folder_cache(folder: Path) -> str:
     return os.path.join(datasets.config.HF_DATASETS_CACHE, f"folder-{digest}")
 
 
+def find_columns(available: list[str], args) -> tuple[str, str, str]:
+    """Source, instruction and target: the flags' columns, or those of a published dataset's layout."""
+    given = {role: getattr(args, f"{role}_column") for role in ("original_image", "edit_prompt", "edited_image")}
+    for role, name in given.items():
+        if name is not None and name not in available:
+            fail(f"--{role}_column: {name} is not a column; there are {', '.join(available)}")
+    for layout in (*LAYOUTS, tuple(given.values())):
+        columns = tuple(name or usual for name, usual in zip(given.values(), layout, strict=True))
+        if set(columns) <= set(available):
+            return columns
+    fail(
+        f"--dataset: {args.dataset} has the columns {', '.join(available)}; name source, instruction and target with"
+        " --original_image_column, --edit_prompt_column and --edited_image_column"
+    )
+
+
+def aligned(source, target):
+    """The source image as the target shows it, in the target's size: what training does, see geometry.py there.
+
+    The published cartoons were scaled to a short side of at most 720 and lost what exceeds multiples of 8 at the right
+    and the bottom; other sources are scaled. Raises ValueError where the aspect ratios differ by more than 2%.
+    """
+    import cv2
+    import numpy as np
+    from PIL import Image
+
+    if source.size == target.size:
+        return source
+    width, height = source.size
+    shrink = 720 / min(width, height)
+    if shrink < 1:
+        width, height = (720, int(720 * height / width)) if height > width else (int(720 * width / height), 720)
+    cut = (width // 8 * 8, height // 8 * 8)
+    if target.size == cut:
+        pixels = np.asarray(source)
+        if shrink < 1:
+            pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+        return Image.fromarray(pixels[: cut[1], : cut[0]])
+    ratio = source.width / source.height / (target.width / target.height)
+    if max(ratio, 1 / ratio) > 1.02:
+        raise ValueError(
+            f"the source is {source.width}x{source.height} and the target {target.width}x{target.height}; a pair needs"
+            " one aspect ratio (within 2%)"
+        )
+    return source.resize(target.size, Image.Resampling.BICUBIC)
+
+
 def load_triples(args) -> list[dict]:
     """Rows as {"input": (R, R, 3) uint8, "target": the same, "instruction": str, "task": str}."""
     import datasets
     import numpy as np
+    from PIL import ImageOps
 
     datasets.disable_progress_bars()
     cache_dir = folder_cache(Path(args.dataset)) if Path(args.dataset).is_dir() else None
@@ -98,12 +148,7 @@ def load_triples(args) -> list[dict]:
             fail(f"--dataset: {args.dataset} cannot be loaded: {' '.join(str(error).split())[:200]}")
 
     rows = load(args.split)
-    columns = next((names for names in LAYOUTS if set(names) <= set(rows.column_names)), None)
-    if columns is None:
-        fail(
-            f"--dataset: {args.dataset} has the columns {', '.join(rows.column_names)}; it needs a source, an"
-            " instruction and a target, such as input_image, instruction, ground_truth_image"
-        )
+    columns = find_columns(rows.column_names, args)
     if len(rows) == 0:
         fail(f"--split: {args.split} of {args.dataset} is empty")
     if args.max_samples:
@@ -123,7 +168,6 @@ def load_triples(args) -> list[dict]:
             wordings.setdefault(task_of(row), {}).update(dict.fromkeys(wordings_of(row)))
 
     def square(image) -> np.ndarray:
-        image = image.convert("RGB")
         scale = args.resolution / min(image.size)
         size = [max(args.resolution, round(side * scale)) for side in image.size]
         if image.size != tuple(size):
@@ -134,10 +178,15 @@ def load_triples(args) -> list[dict]:
     triples = []
     for index, row in enumerate(rows):
         choice = list(wordings[task_of(row)]) if wordings else wordings_of(row)
+        images = [ImageOps.exif_transpose(row[column]).convert("RGB") for column in (source, target)]
+        try:
+            images[0] = aligned(*images)
+        except ValueError as error:
+            fail(f"--dataset: row {index} of {args.dataset}: {error}")
         triples.append(
             {
-                "input": square(row[source]),
-                "target": square(row[target]),
+                "input": square(images[0]),
+                "target": square(images[1]),
                 "instruction": choice[index % len(choice)],
                 "task": task_of(row),
             }

@@ -54,6 +54,38 @@ def dataset(tmp_path, photos):
     return folder
 
 
+@pytest.mark.parametrize("size", [(500, 375), (1000, 750), (750, 1001), (96, 64), (300, 200)])
+def test_pairs_are_aligned_as_in_training(size, photos):
+    """The published cartoons' cut, a scaled target, equal sizes."""
+    from instruct_pix2pix import geometry
+
+    photo = photos[0].resize(size)
+    for target in (geometry.whitebox_size(*size)[1], (size[0] // 2, size[1] // 2), size):
+        expected = geometry.align_original(photo, target)
+        assert np.array_equal(evaluate.aligned(photo, Image.new("RGB", target)), expected)
+    with pytest.raises(ValueError, match="one aspect ratio"):
+        evaluate.aligned(photo, Image.new("RGB", (size[0], size[1] // 2)))
+
+
+def test_columns_of_other_names_are_named_by_flags(dataset, capsys):
+    rows = datasets.load_dataset(str(dataset), split="test").rename_columns(
+        {"instruction": "words", "input_image": "before", "ground_truth_image": "after"}
+    )
+    other = dataset.parent / "other"
+    rows.to_parquet(other / "test.parquet")
+    flags = ["--model=m", f"--dataset={other}", "--resolution=64", "--edit_prompt_column=words"]
+    with pytest.raises(SystemExit):
+        evaluate.load_triples(evaluate.parse_args(flags))
+    assert "name source, instruction and target with --original_image_column" in capsys.readouterr().err
+    named = [*flags, "--original_image_column=before", "--edited_image_column=after"]
+    args = evaluate.parse_args([f"--dataset={dataset}", "--model=m", "--resolution=64"])
+    for one, expected in zip(
+        evaluate.load_triples(evaluate.parse_args(named)), evaluate.load_triples(args), strict=True
+    ):
+        assert one["instruction"] == expected["instruction"]
+        assert np.array_equal(one["input"], expected["input"]) and np.array_equal(one["target"], expected["target"])
+
+
 def test_wordings_are_the_splits_own_in_turn_or_another_splits(dataset):
     args = evaluate.parse_args(["--model=m", f"--dataset={dataset}", "--resolution=64"])
     assert [t["instruction"] for t in evaluate.load_triples(args)] == ["darken it", "make it darker", "darken it"]
