@@ -59,6 +59,9 @@ class Triples:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def first_instruction(self) -> str:
+        return instructions_of(self.rows[int(self.indices[0])], self, int(self.indices[0]))[0]
+
 
 def load_triples(args, show_progress: bool = True) -> Triples:
     """Find the rows and the columns, and check sizes and instructions. Raises UserError naming flag, row and column."""
@@ -87,7 +90,7 @@ def load_triples(args, show_progress: bool = True) -> Triples:
 def _load_rows(name: str, source: str, args) -> datasets.Dataset:
     path = Path(name).expanduser()
     if path.is_file() and path.suffix in (".jsonl", ".csv"):
-        return _from_metadata(path, source)
+        return _from_metadata(path, source, args)
     if path.is_dir():
         folder = path / "train" if _metadata_file(path / "train") else path
         if (folder / "original").is_dir() and (folder / "edited").is_dir():
@@ -96,7 +99,7 @@ def _load_rows(name: str, source: str, args) -> datasets.Dataset:
             missing = "edited" if (folder / "original").is_dir() else "original"
             raise UserError(f"{source} has no folder {missing}/ beside the other; pairs need original/ and edited/")
         if _metadata_file(folder):
-            return _from_metadata(_metadata_file(folder), source)
+            return _from_metadata(_metadata_file(folder), source, args)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{source} is not a folder; give a folder, a .jsonl or .csv file, or a Hub id")
     try:
@@ -143,18 +146,21 @@ def _read_metadata(path: Path, source: str) -> list[dict]:
         raise UserError(f"{source}: {path.name} cannot be read: {error}") from error
 
 
-def _from_metadata(path: Path, source: str) -> datasets.Dataset:
-    """A row per line; image columns hold paths relative to the file, and may be called <column>_file_name."""
+def _from_metadata(path: Path, source: str, args) -> datasets.Dataset:
+    """A row per line. Image columns, of a usual name or one that a flag names, hold paths relative to the file; they
+    may be called <column>_file_name, and the image folder's plain file_name is the column image."""
     records = _read_metadata(path, source)
     if not records:
         raise UserError(f"{source} is empty; {path.name} needs at least one row")
     if not all(isinstance(record, dict) for record in records):
         raise UserError(f"{source}: every line of {path.name} must be a JSON object")
     columns = {}
+    usual = COLUMN_NAMES["original_image"] + COLUMN_NAMES["edited_image"]
+    of_images = {*usual, args.original_image_column, args.edited_image_column}
     for key in records[0]:
         values = [record.get(key) for record in records]
-        name = key.removesuffix("_file_name")
-        if name in COLUMN_NAMES["original_image"] + COLUMN_NAMES["edited_image"] or name != key:
+        name = "image" if key == "file_name" else key.removesuffix("_file_name")
+        if name in of_images or name != key:
             values = [os.path.join(path.parent, value) if isinstance(value, str) else value for value in values]
         columns[name] = values
     try:

@@ -105,6 +105,21 @@ def test_every_local_source_gives_the_same_kind_of_sample(source, photos, cartoo
         assert sample["noise"].shape == (4, 16, 16) and 0 <= sample["timestep"] < 1000 and 0 <= sample["dropout"] < 1
 
 
+@pytest.mark.parametrize("columns", [("before", "after"), ("file_name", "edited_file_name")])
+def test_metadata_with_column_names_of_its_own(columns, photos, tmp_path):
+    """Named by flags, or the image folder's own file_name; either way paths are relative to the file."""
+    rows = []
+    for index, photo in enumerate(photos[:4]):
+        photo.save(tmp_path / f"{index}.png")
+        rows.append({columns[0]: f"{index}.png", columns[1]: f"{index}.png", "words": "leave it"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = {"original_image_column": "before"} if columns[0] == "before" else {}
+    edited = columns[1].removesuffix("_file_name")
+    args = options(dataset_name=str(tmp_path), edit_prompt_column="words", edited_image_column=edited, **named)
+    for sample in samples_of(args):
+        assert torch.equal(sample["original"], sample["edited"])
+
+
 def test_paired_folders_draw_a_wording_per_pair_and_epoch(pairs):
     args = options(train_data_dir=str(pairs))
     dataset = TripleDataset(load_triples(args), args, (4, 16, 16), 1000)
