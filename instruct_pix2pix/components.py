@@ -88,7 +88,15 @@ class _explained:
 
 
 def check_channels(configs: dict, expected: int, name: str) -> None:
-    """The scratch script starts from 4 input channels, the fine-tuning one from 8; each names the other."""
+    """The scratch script starts from 4 input channels, the fine-tuning one from 8; each names the other. A UNet that
+    asks for more than image, time and text is another family's: Stable Diffusion XL, unCLIP."""
+    for key in ("addition_embed_type", "class_embed_type", "num_class_embeds"):
+        value = configs["unet"].get(key)
+        if value not in (None, "text"):  # the text's own is made of what the UNet is given anyway
+            raise UserError(
+                f"--pretrained_model_name_or_path: {name} has a UNet with {key} {value}, which asks for more than"
+                " image, time and text, as Stable Diffusion XL's does; use Stable Diffusion 1 or 2, or InstructPix2Pix"
+            )
     channels = configs["unet"].get("in_channels")
     if channels == expected:
         return
