@@ -1,5 +1,6 @@
 """What leaves the machine: the pipeline folder, its model card, and the upload."""
 
+import json
 import logging
 import os
 import re
@@ -33,7 +34,7 @@ def prepare_repo(args) -> str:
         api = HfApi(token=token)
         if "/" not in name:
             name = f"{api.whoami()['name']}/{name}"
-        return api.create_repo(name, exist_ok=True).repo_id
+        return api.create_repo(name, exist_ok=True, private=args.hub_private_repo).repo_id
     except ValueError as error:
         raise UserError(f"--hub_model_id: {name!r} is not a repository name ({error})") from error
     except (HfHubHTTPError, OSError) as error:
@@ -41,8 +42,9 @@ def prepare_repo(args) -> str:
         raise UserError(f"--push_to_hub: cannot make or reach {name}: {reason}") from error
 
 
-def export(pipeline, args, summary: dict, repo_id: str | None) -> None:
-    """Write the pipeline in safetensors with its card and the resolved configuration into --output_dir.
+def export(pipeline, args, summary: dict, repo_id: str | None, instruction: str) -> None:
+    """Write the pipeline in safetensors with its card and the resolved configuration into --output_dir. The card's
+    snippet edits by `instruction`.
 
     Everything is written beside its place first, so that an interrupted export never leaves a mixture.
     """
@@ -50,8 +52,8 @@ def export(pipeline, args, summary: dict, repo_id: str | None) -> None:
     temporary = output_dir / ".export.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     pipeline.save_pretrained(temporary, safe_serialization=True)
-    write_json(temporary / CONFIG_FILE, resolved(args))
-    (temporary / "README.md").write_text(model_card(args, summary, repo_id), encoding="utf-8")
+    write_json(temporary / CONFIG_FILE, _for_others(resolved(args)))
+    (temporary / "README.md").write_text(model_card(args, summary, repo_id, instruction), encoding="utf-8")
     for item in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
         target = output_dir / item.name
         if target.is_dir():
@@ -102,7 +104,13 @@ def base_licence(name: str) -> str | None:
         return None
 
 
-def model_card(args, summary: dict, repo_id: str | None) -> str:
+def _for_others(flags: dict) -> dict:
+    """Flags as they are published: of a path on this machine its last part only."""
+    local = {name: value for name, value in flags.items() if isinstance(value, str) and os.path.exists(value)}
+    return flags | {name: Path(value).resolve().name for name, value in local.items()}
+
+
+def model_card(args, summary: dict, repo_id: str | None, instruction: str) -> str:
     """The card's text: base model, data, licence, a snippet that runs, the settings and what training took."""
     base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
     base_id, data_id = _hub_id(base), _hub_id(data)
@@ -116,8 +124,7 @@ def model_card(args, summary: dict, repo_id: str | None) -> str:
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "instruction-tuning"],
     )
     name = repo_id or str(args.output_dir)
-    prompt = args.validation_prompt or "Generate a cartoonized version of the image"
-    lines = [f"| `--{name}` | `{value}` |" for name, value in resolved(args).items() if value is not None]
+    lines = [f"| `--{flag}` | `{value}` |" for flag, value in _for_others(resolved(args)).items() if value is not None]
     took = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if value is not None)
     return f"""---
 {metadata.to_yaml()}
@@ -138,10 +145,14 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.utils import load_image
 
 model = "{name}"
-pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, dtype=torch.float16).to("cuda")
+pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, torch_dtype=torch.float16).to("cuda")
 image = load_image("photo.png")
 edited = pipeline(
-    "{prompt}", image=image, num_inference_steps=20, image_guidance_scale=1.5, guidance_scale=7.0
+    {json.dumps(instruction, ensure_ascii=False)},
+    image=image,
+    num_inference_steps=20,
+    image_guidance_scale=1.5,
+    guidance_scale=7.0,
 ).images[0]
 edited.save("edited.png")
 ```

@@ -211,6 +211,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--push_to_hub", action="store_true", help="Upload pipeline and model card when done.")
     add("--hub_token", help="Hub token; better given by `hf auth login` or HF_TOKEN. Never written anywhere.")
     add("--hub_model_id", help="Repository to upload to; the name of --output_dir when left out.")
+    add("--hub_private_repo", action="store_true", help="Where the repository is made for this, make it private.")
     add("--dry_run", action="store_true", help="Check everything, print the resolved configuration, and stop.")
     return parser
 

@@ -56,6 +56,8 @@ def test_train_push_load_by_name_and_edit(base_models, pairs, tmp_path):
         assert folders == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
         assert len(hub.pushes("tester/tiny-editor")) == 1
         card = hub.read("tester/tiny-editor", "README.md").decode()
+        assert hub.repositories["model", "tester/tiny-editor"].private is False
+        assert str(tmp_path) not in card + hub.read("tester/tiny-editor", "training_config.json").decode()
         assert "pipeline_tag: image-to-image" in card and 'model = "tester/tiny-editor"' in card
         for file in files:
             assert TOKEN.encode() not in hub.read("tester/tiny-editor", file)
@@ -76,9 +78,10 @@ def test_a_failed_push_loses_nothing_and_its_command_pushes_later(base_models, p
     with loopback_hub(tmp_path / "hub") as hub:
         hub.fail("commit", 500)
         done = train(hub, base_models, pairs, tmp_path / "run", hub_model_id="tester/named", val_image_url=None,
-                     validation_prompt=None)  # fmt: skip
+                     validation_prompt=None, hub_private_repo=True)  # fmt: skip
         assert done.returncode == 1 and "the upload failed" in done.stderr and "Traceback" not in done.stderr
         assert (tmp_path / "run" / "model_index.json").exists() and hub.pushes("tester/named") == []
+        assert hub.repositories["model", "tester/named"].private is True
         hub.recover()
         command = re.search(r"Later: (hf upload .*)", done.stderr).group(1)
         program, *rest = shlex.split(command)
