@@ -1,7 +1,7 @@
 """Build a cartoonization dataset: photos, an instruction, and the cartoon of each photo.
 
     python data_preparation/build_cartoonization.py --photos DIR --cartoonizer opencv --output_dir DATASET
-    accelerate launch --num_processes 8 data_preparation/build_cartoonization.py --output_dir DATASET
+    accelerate launch --multi_gpu --num_processes 8 data_preparation/build_cartoonization.py --output_dir DATASET
 
 Columns: original_image, edit_prompt, cartoonized_image. The folder that comes out is read by
 `datasets.load_dataset(DATASET)` and by the training scripts. A build that was stopped goes on when the same

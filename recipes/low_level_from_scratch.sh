@@ -2,7 +2,7 @@
 # Low-level image processing (deblur, derain, denoise, enhance), from Stable Diffusion v1.5.
 # Crops at native resolution: scaling down would erase the blur, rain and noise that the model is to remove.
 #
-#     bash recipes/low_level_from_scratch.sh                   # as published
+#     bash recipes/low_level_from_scratch.sh                   # the whole run
 #     bash recipes/low_level_from_scratch.sh --push_to_hub     # and upload it: further flags go to the script, the last one wins
 #     MAX_TRAIN_STEPS=1000 OUTPUT_DIR=/data/try bash recipes/low_level_from_scratch.sh
 #
@@ -16,10 +16,13 @@ DATASET_ID=${DATASET_ID:-instruction-tuning-sd/low-level-image-proc}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/low-level-from-scratch}
 MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-15000}
 MIXED_PRECISION=${MIXED_PRECISION:-fp16}
+NUM_PROCESSES=${NUM_PROCESSES:-1} # GPUs; each adds 8 images to an update
 REPORT_TO=${REPORT_TO:-wandb}
 VAL_IMAGE_URL=${VAL_IMAGE_URL:-https://hf.co/datasets/sayakpaul/sample-datasets/resolve/main/derain_the_image_1.png}
 
-accelerate launch --quiet --mixed_precision="$MIXED_PRECISION" train_instruct_pix2pix.py \
+accelerate launch --quiet --num_processes="$NUM_PROCESSES" --num_machines=1 --dynamo_backend=no \
+  --mixed_precision="$MIXED_PRECISION" \
+  train_instruct_pix2pix.py \
   --pretrained_model_name_or_path="$MODEL_ID" \
   --dataset_name="$DATASET_ID" \
   --original_image_column="input_image" --edit_prompt_column="instruction" --edited_image_column="ground_truth_image" \
@@ -29,7 +32,7 @@ accelerate launch --quiet --mixed_precision="$MIXED_PRECISION" train_instruct_pi
   --resolution=256 --random_flip --cached_crops=4 \
   --train_batch_size=2 --gradient_accumulation_steps=4 --max_micro_batch_size=auto \
   --max_train_steps="$MAX_TRAIN_STEPS" \
-  --checkpointing_steps=5000 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
+  --checkpointing_steps=1000 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
   --learning_rate=5e-05 --lr_warmup_steps=0 \
   --conditioning_dropout_prob=0.05 \
   --mixed_precision="$MIXED_PRECISION" \

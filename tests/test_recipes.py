@@ -1,5 +1,6 @@
 """The recipes run to the end, as written but for their environment variables, on the tiny base."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,8 +20,24 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_runs_to_the_end(recipe, base_models, photos, tmp_path):
+PUBLISHED = {  # the original project's commands; what differs on purpose is in the README
+    "resolution": 256,
+    "max_train_steps": 15000,
+    "train_batch_size": 2,
+    "gradient_accumulation_steps": 4,
+    "learning_rate": 5e-5,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "random_flip": True,
+    "use_ema": True,
+    "ema_decay": 0.9999,
+    "seed": 42,
+}
+
+
+@pytest.fixture
+def environment(recipe, base_models, photos, tmp_path) -> dict:
+    """The recipe's variables: a tiny base, ten rows in its dataset's columns, float32, nothing sent anywhere."""
     script, (source, text, target) = RECIPES[recipe]
     image = datasets.Image()
     rows = datasets.Dataset.from_dict(
@@ -29,26 +46,45 @@ def test_recipe_runs_to_the_end(recipe, base_models, photos, tmp_path):
     )
     rows.to_parquet(tmp_path / "dataset" / "train.parquet")
     photos[0].resize((64, 64)).save(tmp_path / "validation.png")
-    environment = {
+    return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "MODEL_ID": str(base_models[script]),
         "DATASET_ID": str(tmp_path / "dataset"),
         "OUTPUT_DIR": str(tmp_path / "out"),
-        "MAX_TRAIN_STEPS": "2",
         "MIXED_PRECISION": "no",
         "REPORT_TO": "wandb",
         "WANDB_MODE": "offline",
         "VAL_IMAGE_URL": str(tmp_path / "validation.png"),
     }
-    # 256 px is the recipe's; 64 px spares the test's time. A flag behind the recipe's own wins.
-    done = subprocess.run(
-        ["bash", ROOT / "recipes" / f"{recipe}.sh", "--resolution=64", "--num_validation_images=1"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+
+
+def run(recipe, environment, *flags) -> subprocess.CompletedProcess:
+    command = ["bash", ROOT / "recipes" / f"{recipe}.sh", *flags]
+    return subprocess.run(
+        command, env=environment, cwd=Path(environment["OUTPUT_DIR"]).parent, capture_output=True, text=True
     )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_the_published_settings_and_says_a_mistake_in_one_line(recipe, environment):
+    done = run(recipe, environment, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["images_per_update"] == 8
+    assert {name: printed["flags"][name] for name in PUBLISHED} == PUBLISHED
+    assert printed["flags"]["conditioning_dropout_prob"] == 0.05
+    mistaken = run(recipe, environment, "--dry_run", "--resolution=100")
+    assert mistaken.returncode != 0
+    (line,) = mistaken.stderr.splitlines()
+    assert "error: --resolution: 100 is not a multiple of" in line
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_runs_to_the_end(recipe, environment, tmp_path):
+    # 256 px is the recipe's; 64 px spares the test's time. A flag behind the recipe's own wins.
+    flags = ("--resolution=64", "--num_validation_images=1")
+    done = run(recipe, environment | {"MAX_TRAIN_STEPS": "2"}, *flags)
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "out")) == 2
     assert (tmp_path / "out" / "model_index.json").exists()
