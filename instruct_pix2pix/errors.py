@@ -34,7 +34,7 @@ def run(main, argv=None) -> None:
         _say(f"error: {error}", error.everywhere)
         sys.exit(2)
     except KeyboardInterrupt:
-        _say("stopped; the same command with --resume_from_checkpoint latest goes on from the last checkpoint")
+        _say("stopped; the same command with --resume_from_checkpoint latest goes on from the last checkpoint there is")
         sys.exit(130)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from instruct_pix2pix.random_streams import window_positions
 from instruct_pix2pix.validation import load_validation_image
 
 logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a terminal and a cluster send them to loader processes too
 
 
 @dataclass
@@ -328,15 +331,21 @@ def _windows(args, accelerator, plan: Plan, cache, latent_shape, num_timesteps: 
     window = (args.train_batch_size, args.gradient_accumulation_steps)
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=[
+        batch_sampler=(
             window_positions(plan.first_position, step, *window, *process)
             for step in range(args.max_train_steps - plan.first_step)
-        ],
+        ),
         collate_fn=collate,
         num_workers=args.dataloader_num_workers,
+        worker_init_fn=_leave_stopping_to_the_trainer,
         pin_memory=accelerator.device.type == "cuda",
     )
     return iter(loader)
+
+
+def _leave_stopping_to_the_trainer(worker: int) -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def print_dry_run(args, plan: Plan) -> None:

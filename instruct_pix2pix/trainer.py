@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -21,7 +22,15 @@ from instruct_pix2pix.dataset import to_unit_range
 from instruct_pix2pix.errors import RowError
 from instruct_pix2pix.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
 from instruct_pix2pix.options import resolved, write_json
-from instruct_pix2pix.preparation import Plan, Training, build, check, print_dry_run, start_accelerator
+from instruct_pix2pix.preparation import (
+    STOP_SIGNALS,
+    Plan,
+    Training,
+    build,
+    check,
+    print_dry_run,
+    start_accelerator,
+)
 from instruct_pix2pix.tracking import JsonLog, start_trackers
 from instruct_pix2pix.validation import validate
 
@@ -60,14 +69,19 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
     """All updates still to do, with logging, checkpoints and validation in between; returns the summary."""
     if plan.first_step < args.max_train_steps:
         speed.settle(args, accelerator, plan, training, forward_backward)
+    if accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # of the updates, not of what was tried before them
     log = Log(args, accelerator, plan)
     started = time.perf_counter()
+    stop = Stop()
     try:
         for step in range(plan.first_step + 1, args.max_train_steps + 1):
             loss, grad_norm = update(args, accelerator, plan, training, step)
             log.add(step, loss, grad_norm, training.learning_rate(step - 1))
-            saving = step % args.checkpointing_steps == 0
-            validating = _validation_is_due(args, plan, step)
+            stopping = step < args.max_train_steps and stop.agreed(accelerator, step)
+            saving = stopping or step % args.checkpointing_steps == 0
+            validating = _validation_is_due(args, plan, step) and not stopping
             if step % LOG_EVERY == 0 or step == args.max_train_steps or saving or validating:
                 log.flush()
                 training.checkpoints.raise_if_failed()
@@ -75,6 +89,9 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
                 save(args, accelerator, plan, training, step)
             if validating:
                 run_validation(args, accelerator, plan, training, step)
+            if stopping:
+                training.checkpoints.wait()
+                raise KeyboardInterrupt
             if saving or validating:
                 log.restart_clock()
     except (RowError, torch.OutOfMemoryError) as error:
@@ -88,6 +105,7 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
             logger.error("stopped at %s; checkpoint-%d keeps the updates so far", what, done)
         raise
     finally:
+        stop.forget()
         log.progress.close()
         training.checkpoints.close()
     training.checkpoints.raise_if_failed()
@@ -97,7 +115,7 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
         "images_per_update": plan.effective_batch,
         "epochs": round(plan.epoch(args.max_train_steps), 2),
         "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type,
-        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        "peak_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)
         if accelerator.device.type == "cuda"
         else None,
     }
@@ -247,7 +265,13 @@ def _validate(args, accelerator, plan, training, step) -> None:
     for model in frozen:
         model.to(accelerator.device)
     parts = (training.tokenizer, *frozen, training.bare_unet)
-    validate(accelerator, args, plan.configs, *parts, plan.validation_image, step)
+    try:
+        validate(accelerator, args, plan.configs, *parts, plan.validation_image, step)
+    except torch.OutOfMemoryError:
+        count = args.num_validation_images
+        logger.warning(
+            "no validation: editing %d images at a time needs more memory; lower --num_validation_images", count
+        )
     if training.cache is not None:
         for model in frozen:
             model.to("cpu")
@@ -265,7 +289,8 @@ def finish(args, accelerator: Accelerator, plan: Plan, training: Training, summa
             else:
                 tokenizer, text_encoder, vae = training.tokenizer, training.text_encoder, training.vae
             pipeline = components.build_pipeline(plan.configs, tokenizer, text_encoder, vae, training.bare_unet)
-            hub.export(pipeline, args, summary, plan.repo_id)
+            instruction = args.validation_prompt or plan.triples.first_instruction()
+            hub.export(pipeline, args, summary, plan.repo_id, instruction)
             if plan.validation_image is not None:
                 _validate(args, accelerator, plan, training, args.max_train_steps)
         write_json(Path(args.output_dir) / "training_summary.json", summary)
@@ -275,6 +300,32 @@ def finish(args, accelerator: Accelerator, plan: Plan, training: Training, summa
     accelerator.end_training()
     if not pushed:
         raise SystemExit(1)
+
+
+class Stop:
+    """Ctrl-C, and the SIGTERM of a cluster that wants its machine back, wait for the end of an update, so that it can
+    be kept in a checkpoint. A second one does not wait."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+
+    def _note(self, number, frame) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def agreed(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether to stop after this update. Several processes ask each other where they meet for the log anyway."""
+        if accelerator.num_processes == 1:
+            return self.asked
+        if step % LOG_EVERY:
+            return False
+        return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device), "sum"))
+
+    def forget(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Log:

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
@@ -44,6 +46,9 @@ def test_a_run_leaves_a_pipeline_that_loads_whole_and_edits(script, small_run, c
     summary = json.loads((output_dir / "training_summary.json").read_text())
     assert summary["steps"] == 4 and summary["train_seconds"] > 0 and summary["images_per_update"] == 4
     card = (output_dir / "README.md").read_text()
+    assert re.search('"(blur it|make it blurry)",', card)
+    published = card.partition("## Training")[2] + (output_dir / "training_config.json").read_text()
+    assert "| `--output_dir` | `run` |" in published and str(output_dir.parent) not in published
     assert "tiny-" in card and "`--conditioning_dropout_prob` | `0.05`" in card and "from_pretrained" in card
     assert len(losses(output_dir)) == 4
     assert not list(output_dir.glob(".*"))
@@ -255,6 +260,46 @@ def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs,
     assert_same_tensors(mended / UNET, whole / UNET)
 
 
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
+def test_a_run_that_is_stopped_keeps_the_update_it_was_at(number, workers, small_run, monkeypatch, tmp_path):
+    """The signal comes in the middle of the third update, to loader processes too, as a terminal and a cluster do."""
+    from instruct_pix2pix import trainer
+
+    flags = {"use_ema": True, "max_train_steps": 5, "dataloader_num_workers": workers}
+    prepare, calls = trainer.prepare, []
+
+    def noted(*arguments):
+        calls.append(None)
+        if len(calls) == 3:
+            for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+                process.send_signal(number)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(trainer, "prepare", noted)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(**flags)
+    assert signal.getsignal(number) == before
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    resumed = small_run(resume_from_checkpoint="latest", **flags)
+    whole = small_run(name="whole", **flags)
+    assert losses(resumed) == losses(whole)
+    assert_same_tensors(resumed / UNET, whole / UNET)
+
+
+def test_a_second_signal_does_not_wait():
+    from instruct_pix2pix.trainer import Stop
+
+    stop = Stop()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        stop.forget()
+
+
 # ---- validation and tracking
 
 
@@ -299,6 +344,19 @@ def test_an_unreachable_validation_address_is_warned_of_and_training_goes_on(sma
     )
     assert "--val_image_url: http://127.0.0.1:9/mountain.png cannot be read" in caplog.text
     assert (output_dir / "model_index.json").exists() and not (output_dir / "validation").exists()
+
+
+def test_a_validation_that_needs_too_much_memory_is_left_out(small_run, monkeypatch, caplog):
+    from instruct_pix2pix import trainer
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "validate", full)
+    photo = ROOT / "assets/photos/test/sea6.webp"
+    output_dir = small_run(val_image_url=photo, validation_prompt="blur it", validation_steps=2)
+    assert (output_dir / "model_index.json").exists() and len(losses(output_dir)) == 4
+    assert caplog.text.count("lower --num_validation_images") == 2
 
 
 @pytest.mark.slow
@@ -464,6 +522,22 @@ def test_models_that_cannot_be_used(small_run, base_models, no_weights, tmp_path
     shutil.rmtree(partial / "vae")
     with pytest.raises(UserError, match="has no vae/config.json"):
         small_run(pretrained_model_name_or_path=partial)
+
+
+def test_models_of_another_family_are_named(small_run, base_models, no_weights, tmp_path):
+    other = copy_tree(base_models["train"], tmp_path / "xl")
+    config = json.loads((other / "unet" / "config.json").read_text())
+    (other / "unet" / "config.json").write_text(json.dumps(config | {"addition_embed_type": "text_time"}))
+    with pytest.raises(UserError, match="addition_embed_type text_time, which .* as Stable Diffusion XL's does"):
+        small_run("train", pretrained_model_name_or_path=other)
+
+
+def test_sharded_training_is_refused(small_run, no_weights, monkeypatch):
+    from accelerate import Accelerator, DistributedType
+
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(UserError, match="distributed type FSDP is not supported"):
+        small_run()
 
 
 def test_broken_weights_are_one_line(small_run, base_models, tmp_path):
