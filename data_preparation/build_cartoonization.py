@@ -214,7 +214,7 @@ def main(args) -> None:
             licence="cc-by-nc-sa-4.0" if args.cartoonizer == "whitebox" else "other",
             tags=["image-editing", "instruction-tuning", "cartoonization"],
             about="Photos and their cartoons, with an instruction, to teach an editing model to cartoonize. "
-            f"Source of the photos: `{args.photos or args.dataset}`. "
+            f"Source of the photos: `{records.for_others(args.photos or args.dataset)}`. "
             "No photo is in two splits." + records.about_wordings([instructions]),
             columns={
                 "original_image": "the photo as the cartoonizer saw it: scaled and cropped",

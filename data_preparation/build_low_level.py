@@ -185,7 +185,9 @@ def main(args) -> None:
     def write_card(rows, skipped, checksums) -> str:
         from_sets = [f"- {SETS[name].task}: {SETS[name].about}" for name in roots]
         from_photos = (
-            [f"- synthetic pairs: photos of `{args.photos}`, licence: {args.photos_license}"] if photos else []
+            [f"- synthetic pairs: photos of `{records.for_others(args.photos)}`, licence: {args.photos_license}"]
+            if photos
+            else []
         )
         return records.card(
             title="Low-level image processing",

@@ -124,6 +124,12 @@ def unit_hash(*parts: object) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
+def for_others(argument) -> str:
+    """An argument as a dataset card shows it: of an absolute path (also in --flag=path) its last part only."""
+    flag, equals, value = str(argument).rpartition("=")
+    return flag + equals + (Path(value).name if os.path.isabs(value) else value)
+
+
 def split_of(image_hash: str, validation_fraction: float, test_fraction: float) -> str:
     """The split of an image, from its hash alone: no seed, so that it is held out everywhere or nowhere."""
     u = unit_hash("split", image_hash)
@@ -455,7 +461,7 @@ def card(
         licences,
         "",
     ]
-    command = shlex.join(["python", *sys.argv])
+    command = shlex.join(["python", *map(for_others, sys.argv)])
     lines += [
         "## How it was made",
         "",
