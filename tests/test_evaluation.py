@@ -151,22 +151,24 @@ def test_mistakes_are_one_line(flags, message, dataset, base_models, capsys):
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_from_photographs_to_metrics(tmp_path):
+def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path):
+    """The README's claim at a quarter of its updates: better than copying, guidance and all, on photographs
+    and instructions never trained on. It was 0.76 dB when this was written."""
     import os
 
     environment = {
         **os.environ,
         "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
         "OUTPUT_DIR": str(tmp_path / "quickstart"),
-        "MAX_TRAIN_STEPS": "3",
+        "MAX_TRAIN_STEPS": "250",
     }
     done = subprocess.run(
         ["bash", ROOT / "recipes/quickstart.sh"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "quickstart" / "metrics.json").read_text())
-    for key in ("psnr_identity_db", "psnr_model_db", "ssim_identity", "ssim_model", "train_seconds"):
-        assert found[key] > 0, key
-    assert found["steps"] == 3 and found["images"] == 24
+    assert found["psnr_model_db"] > max(found["psnr_identity_through_vae_db"], found["psnr_identity_db"]) + 0.4
+    assert found["ssim_model"] > found["ssim_identity"] and found["train_seconds"] > 0
+    assert found["steps"] == 250 and found["images"] == 24
     assert Image.open(tmp_path / "quickstart" / "comparison.png").width > 1000
     assert (tmp_path / "quickstart" / "pipeline" / "model_index.json").exists()
