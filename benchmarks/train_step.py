@@ -25,7 +25,7 @@ from benchmarks import machine
 # and written; in half precision a smaller gradient, and a copy of the weight written.
 BYTES_PER_PARAMETER = {"no": 40, "fp16": 38, "bf16": 38}
 
-ONE_PASS = "clip, AdamW, average, copies"
+ONE_PASS = "clip, AdamW, EMA, copies"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> dict:
     stages.around(components, "encode_text", "tokenizer and text encoder")
     stages.around(components, "encode_pair", "VAE")
     if training.graph is not None:
-        stages.around(training.graph, "replay", "CUDA graph: UNet, AdamW, average")
+        stages.around(training.graph, "replay", "CUDA graph: UNet, AdamW, EMA")
     elif training.predict is not training.eager:
         stages.around(training, "predict", "UNet forward")
     else:
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> dict:
         stages.around(trainer, "clip_gradients", "clip")
         stages.around(training.optimizer, "step", "AdamW")
         if training.ema is not None:
-            stages.around(training.ema, "update", "average")
+            stages.around(training.ema, "update", "EMA")
     elif training.graph is None:
         stages.around(training.one_pass, "step", ONE_PASS)
     staged_total = 1000 * sum(run(args.updates)) / args.updates

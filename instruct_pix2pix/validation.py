@@ -24,7 +24,7 @@ GUIDANCE_SCALE = 7.0
 
 
 def load_validation_image(args, multiple: int) -> Image.Image | None:
-    """The image of --val_image_url, RGB, sides cut to `multiple`, its short side at most twice the resolution.
+    """The image of --val_image_url, RGB, sides brought to a `multiple`, the short one at most twice the resolution.
 
     An address that cannot be reached is warned of and gives None: a network that is down must not stop a training.
     A local file that is no image is the user's mistake.

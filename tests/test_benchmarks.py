@@ -58,7 +58,7 @@ def test_every_stage_of_an_update_is_timed(cached, tmp_path, capsys, monkeypatch
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == result and result["cached"] is cached
     inputs = ["look-up in the cache"] if cached else ["tokenizer and text encoder", "VAE"]
-    stages = ["data", *inputs, "UNet forward", "backward", "clip", "AdamW", "average", "rest"]
+    stages = ["data", *inputs, "UNet forward", "backward", "clip", "AdamW", "EMA", "rest"]
     assert list(result["stages_ms"]) == stages and all(f"  {stage} " in out for stage in stages)
     assert result["images_per_update"] == 4 and result["teraflop_per_update"] > 0
 
