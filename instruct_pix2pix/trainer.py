@@ -314,6 +314,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        logger.info("stopping when this update is done and kept in a checkpoint; once more stops at once")
 
     def agreed(self, accelerator: Accelerator, step: int) -> bool:
         """Whether to stop after this update. Several processes ask each other where they meet for the log anyway."""

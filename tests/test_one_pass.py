@@ -1,6 +1,7 @@
 """The one-pass optimizer against PyTorch's own parts. Where there is no GPU, Triton's interpreter runs the kernel."""
 
 import logging
+import re
 import types
 from functools import partial
 
@@ -165,6 +166,38 @@ def test_gradients_that_lie_otherwise_are_laid_out_as_their_weights(one_pass):
         step.set_rate(1e-3)
         step.step()
     assert_close(list(model.parameters()), list(other.parameters()), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the other tests compile it there")
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("half", [True, False])
+def test_the_kernel_compiles_for_gpus_with_wide_loads(capability, half, monkeypatch):
+    """By Triton's own compiler, which needs no GPU. Whole chunks are read and written 16 bytes at a time."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from instruct_pix2pix import one_pass
+
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 warns about when it is left out
+    constants = {
+        **{"BETA1": 0.9, "BETA2": 0.999, "EPSILON": 1e-8, "WEIGHT_DECAY": 1e-2, "HAS_AVERAGE": True, "WHOLE": True},
+        **{"GRADIENT": tl.bfloat16 if half else tl.float32, "HAS_COPY": half},
+        **{"CHUNK": one_pass.CHUNK, "ALIGNMENT": one_pass.ALIGNMENT},
+    }
+    names = one_pass.update_chunk.arg_names
+    pointers = {"tensors": "*i64", "gradients": "*i64", "chunks": "*i32", "numbers": "*fp32"}
+    source = ASTSource(
+        fn=one_pass.update_chunk,
+        signature={name: pointers.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+    code = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+    read, written = (len(re.findall(rf"{what}\.global\.v4", code)) for what in ("ld", "st"))
+    # For a thread's 8 numbers: two of each float32 tensor, one of each half-precision one.
+    assert (read, written) == ((9, 9) if half else (10, 8))
 
 
 # ---- in training
