@@ -162,7 +162,7 @@ def time_one_pass(one_pass, repeats: int = 20) -> float:
     for leaf in one_pass.leaves:
         leaf.grad = torch.zeros_like(leaf)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         one_pass.step(recording=True)
     one_pass.finish_recording()
     graph.replay()

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 
 
 class UserError(Exception):
@@ -25,8 +26,8 @@ class MemoryShortage(UserError):
 def run(main, argv=None) -> None:
     """Call `main(argv)`; what a user can do something about becomes one line on stderr.
 
-    Exit codes: 2 for a UserError, 130 when interrupted. In a multi-process launch every rank meets the same mistake, so
-    only rank 0 says it, unless the error says otherwise.
+    Exit codes: 2 for a UserError, 130 when interrupted, 1 for what nobody foresaw. In a multi-process launch every rank
+    meets the same mistake, so only rank 0 says it, unless the error says otherwise.
     """
     try:
         main(argv)
@@ -36,6 +37,11 @@ def run(main, argv=None) -> None:
     except KeyboardInterrupt:
         _say("stopped; the same command with --resume_from_checkpoint latest goes on from the last checkpoint there is")
         sys.exit(130)
+    except Exception:
+        # Left to the interpreter, the error would keep what it passed through alive: loader processes, which leave
+        # signals to the trainer and would be waited for without end.
+        traceback.print_exc()
+        sys.exit(1)
 
 
 def _say(message: str, everywhere: bool = False) -> None:

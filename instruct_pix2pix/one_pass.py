@@ -143,13 +143,15 @@ class OnePass:
         rows = [[tensors[0].numel(), *(t.data_ptr() for t in tensors)] for tensors in zip(*columns, strict=True)]
         self.tensors = torch.tensor(rows, device=device)
         # Where the gradients are: of a step launched by the host, and of a recorded one, which must stay as they are.
-        self.addresses, self.recorded_addresses = torch.zeros(2, len(rows), dtype=torch.int64, device=device)
+        # Two tensors, not rows of one: an address that is aligned otherwise would take another build of the kernel.
+        tables = (torch.zeros(len(rows), dtype=torch.int64, device=device) for _ in range(2))
+        self.addresses, self.recorded_addresses = tables
         self.recorded = []
         self.launches = list(self._launches(device))
 
     def _launches(self, device):
         """(chunks, constants of the kernel) for every combination of a gradient's type and whole or cut chunks."""
-        for dtype in {leaf.dtype for leaf in self.leaves}:
+        for dtype in dict.fromkeys(leaf.dtype for leaf in self.leaves):
             whole, cut = [], []
             for number, leaf in enumerate(self.leaves):
                 if leaf.dtype == dtype:
@@ -183,7 +185,7 @@ class OnePass:
         else:
             _write_addresses(addresses, gradients)
         scale = self.scaler.scale(self.one) if self.scaler is not None else self.one
-        by_type = ([g for g in gradients if g.dtype == dtype] for dtype in {g.dtype for g in gradients})
+        by_type = ([g for g in gradients if g.dtype == dtype] for dtype in dict.fromkeys(g.dtype for g in gradients))
         norms = [norm for same in by_type for norm in torch._foreach_norm(same, 2, dtype=torch.float32)]
         norm = torch.linalg.vector_norm(torch.stack(norms)) / scale
         divisor = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0) * scale

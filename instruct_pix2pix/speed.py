@@ -52,9 +52,9 @@ def settle(args, accelerator, plan, training, passes) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks about the libraries' code
             _try_passes(accelerator, training, passes, inputs)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a compiler that is missing or fails raises something of its own at every stage
+        if is_out_of_memory(error):
+            raise
         training.predict = training.eager
         logger.warning("--compile: the compiler failed (%s); going on without it", _first_line(error))
     if training.one_pass is not None and not args.gradient_checkpointing:
@@ -62,9 +62,13 @@ def settle(args, accelerator, plan, training, passes) -> None:
         try:
             training.graph = UpdateGraph(accelerator, training, passes, inputs)
         except Exception as error:  # memory that the recording holds on to, an operation that cannot be recorded
-            failed = _first_line(error.__context__ or error)  # the end of a broken recording raises, too
+            # The end of a broken recording raises, too, and says nothing of what broke it.
+            failed = _first_line(error.__context__ if error.__context__ and "capture" in str(error) else error)
         if failed is not None:
             torch.cuda.set_stream(stream)
+            # PyTorch may take a broken recording for one that goes on: memory that two streams have used would not come
+            # back until its end.
+            training.stream = None
             training.one_pass.recorded = []
             training.drop_gradients()
             gc.collect()
@@ -152,6 +156,12 @@ def beside_the_update(stream, make) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory is what is missing: cuBLAS and cuDNN say it in words of their own."""
+    signs = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 def out_of_memory(args) -> MemoryShortage:
     """What a GPU that is too small for a run's flags is answered with: the flags that help and are not used yet."""
     helps = {
@@ -214,19 +224,13 @@ def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) 
         try:
             _try_passes(accelerator, training, passes, inputs, reserve)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             fits.zero_()
         torch.cuda.empty_cache()
         if accelerator.gather(fits).min():
             return size
     raise torch.OutOfMemoryError("not even one image fits")
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """cuBLAS and cuDNN say it in their own words when it is they who find no memory."""
-    signs = ("out of memory", "ALLOC_FAILED", "cuDNN error")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _first_line(error: BaseException) -> str:

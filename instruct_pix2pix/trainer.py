@@ -61,8 +61,10 @@ def train(args, expected_in_channels: int) -> None:
         start_trackers(accelerator, args)
         summary = run_updates(args, accelerator, plan, training)
         finish(args, accelerator, plan, training, summary)
-    except torch.OutOfMemoryError as error:
-        raise speed.out_of_memory(args) from error
+    except RuntimeError as error:
+        if speed.is_out_of_memory(error):
+            raise speed.out_of_memory(args) from error
+        raise
 
 
 def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) -> dict:
@@ -94,7 +96,9 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
                 raise KeyboardInterrupt
             if saving or validating:
                 log.restart_clock()
-    except (RowError, torch.OutOfMemoryError) as error:
+    except (RowError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not speed.is_out_of_memory(error):
+            raise
         # The updates so far are worth keeping; the row, or the flags, are for the user to mend.
         done = log.last_step
         if accelerator.is_main_process and done > plan.first_step:
@@ -106,6 +110,7 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
         raise
     finally:
         stop.forget()
+        training.windows = None  # ends the loader's processes
         log.progress.close()
         training.checkpoints.close()
     training.checkpoints.raise_if_failed()
@@ -267,7 +272,9 @@ def _validate(args, accelerator, plan, training, step) -> None:
     parts = (training.tokenizer, *frozen, training.bare_unet)
     try:
         validate(accelerator, args, plan.configs, *parts, plan.validation_image, step)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not speed.is_out_of_memory(error):
+            raise
         count = args.num_validation_images
         logger.warning(
             "no validation: editing %d images at a time needs more memory; lower --num_validation_images", count

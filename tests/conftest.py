@@ -117,6 +117,7 @@ def _exact_kernels(monkeypatch):
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # training with --compile turns it on
 
 
 @pytest.fixture(autouse=True)

@@ -157,9 +157,11 @@ def test_what_a_user_can_mend_is_one_line(error, code, said, capsys, monkeypatch
     assert bool(capsys.readouterr().err) == isinstance(error, MemoryShortage)
 
 
-def test_other_errors_keep_their_traceback():
+def test_other_errors_keep_their_traceback(capsys):
     def main(argv):
         raise RuntimeError("a defect of ours")
 
-    with pytest.raises(RuntimeError, match="a defect"):
+    with pytest.raises(SystemExit) as caught:
         run(main)
+    error = capsys.readouterr().err
+    assert caught.value.code == 1 and "Traceback" in error and "RuntimeError: a defect of ours" in error

@@ -287,6 +287,34 @@ def test_a_run_that_is_stopped_keeps_the_update_it_was_at(number, workers, small
     assert_same_tensors(resumed / UNET, whole / UNET)
 
 
+def test_what_nobody_foresaw_ends_with_its_traceback_and_leaves_no_process(base_models, pairs, tmp_path):
+    code = """
+import sys
+from instruct_pix2pix import trainer
+import finetune_instruct_pix2pix
+from instruct_pix2pix.errors import run
+
+def update(*_):
+    raise RuntimeError("a kernel that does not work")
+
+trainer.update = update
+run(finetune_instruct_pix2pix.main, sys.argv[1:])
+"""
+    flags = {
+        "pretrained_model_name_or_path": base_models["finetune"],
+        "train_data_dir": pairs,
+        "output_dir": tmp_path / "run",
+        "resolution": 64,
+        "max_train_steps": 2,
+        "dataloader_num_workers": 1,
+        "report_to": "none",
+    }
+    command = [sys.executable, "-c", code, *to_argv(flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("RuntimeError: a kernel that does not work")
+
+
 def test_a_second_signal_does_not_wait():
     from instruct_pix2pix.trainer import Stop
 
