@@ -136,7 +136,7 @@ def load_triples(args) -> list[dict]:
     """Rows as {"input": (R, R, 3) uint8, "target": the same, "instruction": str, "task": str}."""
     import datasets
     import numpy as np
-    from PIL import ImageOps
+    from PIL import Image, ImageOps
 
     datasets.disable_progress_bars()
     cache_dir = folder_cache(Path(args.dataset)) if Path(args.dataset).is_dir() else None
@@ -177,7 +177,14 @@ def load_triples(args) -> list[dict]:
 
     triples = []
     for index, row in enumerate(rows):
+        if args.wordings_from and task_of(row) not in wordings:
+            fail(f"--wordings_from: {args.wordings_from} has no instruction for the task {task_of(row)}")
         choice = list(wordings[task_of(row)]) if wordings else wordings_of(row)
+        if not choice or not all(isinstance(wording, str) for wording in choice):
+            fail(f"--dataset: row {index} of {args.dataset}: column {text} holds {row[text]!r}, not an instruction")
+        for column in (source, target):
+            if not isinstance(row[column], Image.Image):
+                fail(f"--dataset: row {index} of {args.dataset}: column {column} holds no image")
         images = [ImageOps.exif_transpose(row[column]).convert("RGB") for column in (source, target)]
         try:
             images[0] = aligned(*images)

@@ -127,6 +127,7 @@ def _write(output_dir: Path, state: dict, unet, tensors: dict[str, dict[str, tor
         for old in list_checkpoints(output_dir)[:-limit] if limit is not None else []:
             shutil.rmtree(old)
     except (OSError, SafetensorError) as error:  # most often a full disk
+        shutil.rmtree(output_dir / f".{name}.partial", ignore_errors=True)
         raise UserError(
             f"--output_dir: {name} cannot be written ({error}); the checkpoints before it are whole, make room and go"
             " on with --resume_from_checkpoint latest"

@@ -94,7 +94,7 @@ def _load_rows(name: str, source: str, args) -> datasets.Dataset:
     if path.is_dir():
         folder = path / "train" if _metadata_file(path / "train") else path
         if (folder / "original").is_dir() and (folder / "edited").is_dir():
-            return _from_paired_folders(folder, source)
+            return _from_paired_folders(folder, source, args)
         if (folder / "original").is_dir() != (folder / "edited").is_dir():
             missing = "edited" if (folder / "original").is_dir() else "original"
             raise UserError(f"{source} has no folder {missing}/ beside the other; pairs need original/ and edited/")
@@ -154,10 +154,16 @@ def _from_metadata(path: Path, source: str, args) -> datasets.Dataset:
         raise UserError(f"{source} is empty; {path.name} needs at least one row")
     if not all(isinstance(record, dict) for record in records):
         raise UserError(f"{source}: every line of {path.name} must be a JSON object")
+    if any(None in record for record in records):
+        line = next(number for number, record in enumerate(records, start=1) if None in record)
+        raise UserError(f"{source}: row {line} of {path.name} has more values than there are columns; quote its commas")
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    if {"file_name", "image"} <= set(keys):
+        raise UserError(f"{source}: {path.name} has both file_name and image; keep one of them")
     columns = {}
     usual = COLUMN_NAMES["original_image"] + COLUMN_NAMES["edited_image"]
     of_images = {*usual, args.original_image_column, args.edited_image_column}
-    for key in records[0]:
+    for key in keys:
         values = [record.get(key) for record in records]
         name = "image" if key == "file_name" else key.removesuffix("_file_name")
         if name in of_images or name != key:
@@ -169,7 +175,7 @@ def _from_metadata(path: Path, source: str, args) -> datasets.Dataset:
         raise UserError(f"{source}: {path.name} has a column of mixed types: {error}") from error
 
 
-def _from_paired_folders(folder: Path, source: str) -> datasets.Dataset:
+def _from_paired_folders(folder: Path, source: str, args) -> datasets.Dataset:
     """original/ and edited/ with equal file names (endings may differ), and instructions.txt or a metadata file.
 
     instructions.txt lists wordings that fit every pair, one a line: each epoch draws one per pair. A metadata file
@@ -186,19 +192,24 @@ def _from_paired_folders(folder: Path, source: str) -> datasets.Dataset:
             f"{source}: {len(alone)} image(s) without a partner of the same name, the first {side}/{alone[0]}"
         )
     names = list(sides["original"])
-    metadata, wordings = _metadata_file(folder), folder / "instructions.txt"
+    metadata, wordings, column = _metadata_file(folder), folder / "instructions.txt", "edit_prompt"
     if metadata:
         records = _read_metadata(metadata, source)
-        keys = [key for key in COLUMN_NAMES["edit_prompt"] if records and key in records[0]]
-        if not keys or "file_name" not in records[0]:
-            raise UserError(f"{source}: {metadata.name} needs the columns file_name and edit_prompt")
+        usual = [args.edit_prompt_column] if args.edit_prompt_column else COLUMN_NAMES["edit_prompt"]
+        keys = [key for key in usual if records and key in records[0]]
+        if not keys or not all(isinstance(record.get("file_name"), str) for record in records):
+            raise UserError(f"{source}: {metadata.name} needs file_name and {usual[0]} in every row")
         by_name = {Path(record["file_name"]).with_suffix("").as_posix(): record.get(keys[0]) for record in records}
         without = [name for name in names if name not in by_name]
         if without:
             raise UserError(f"{source}: {metadata.name} has no row for {without[0]} ({len(without)} missing)")
-        prompts = [by_name[name] for name in names]
+        prompts, column = [by_name[name] for name in names], args.edit_prompt_column or column
     elif wordings.is_file():
-        lines = [line.strip() for line in wordings.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        try:
+            text = wordings.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: instructions.txt cannot be read ({error}); save it as UTF-8") from error
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise UserError(f"{source}: instructions.txt is empty; write one wording a line")
         prompts = [lines for _ in names]
@@ -209,7 +220,7 @@ def _from_paired_folders(folder: Path, source: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(
         {
             "original_image": [sides["original"][name] for name in names],
-            "edit_prompt": prompts,
+            column: prompts,
             "edited_image": [sides["edited"][name] for name in names],
         }
     )

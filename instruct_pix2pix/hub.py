@@ -1,5 +1,6 @@
 """What leaves the machine: the pipeline folder, its model card, and the upload."""
 
+import contextlib
 import json
 import logging
 import os
@@ -11,7 +12,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
+from instruct_pix2pix import checkpoint as checkpoints
 from instruct_pix2pix.errors import UserError
 from instruct_pix2pix.options import resolved, write_json
 
@@ -19,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.json"
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+EXPORTED = ("README.md", *PIPELINE_FOLDERS)
 # Only these are uploaded: never checkpoints, caches, logs or trackers' files.
 PUBLISHED = ["README.md", "model_index.json", CONFIG_FILE, *(f"{folder}/*" for folder in PIPELINE_FOLDERS)]
 
@@ -42,6 +46,27 @@ def prepare_repo(args) -> str:
         raise UserError(f"--push_to_hub: cannot make or reach {name}: {reason}") from error
 
 
+def begin(args) -> None:
+    """Make --output_dir, without what a killed run left half-written, and write down the configuration."""
+    output_dir = Path(args.output_dir)
+    with _writable(output_dir, "the configuration"):
+        checkpoints.remove_partial(output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / CONFIG_FILE, resolved(args))
+
+
+@contextlib.contextmanager
+def _writable(output_dir: Path, what: str):
+    """Most often it is a full disk that stops a writer."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"--output_dir: {what} cannot be written into {output_dir} ({error}); make room and go on with"
+            " --resume_from_checkpoint latest"
+        ) from error
+
+
 def export(pipeline, args, summary: dict, repo_id: str | None, instruction: str) -> None:
     """Write the pipeline in safetensors with its card and the resolved configuration into --output_dir. The card's
     snippet edits by `instruction`.
@@ -51,15 +76,18 @@ def export(pipeline, args, summary: dict, repo_id: str | None, instruction: str)
     output_dir = Path(args.output_dir)
     temporary = output_dir / ".export.partial"
     shutil.rmtree(temporary, ignore_errors=True)
-    pipeline.save_pretrained(temporary, safe_serialization=True)
-    write_json(temporary / CONFIG_FILE, _for_others(resolved(args)))
-    (temporary / "README.md").write_text(model_card(args, summary, repo_id, instruction), encoding="utf-8")
-    for item in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
-        target = output_dir / item.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(item, target)
-    temporary.rmdir()
+    try:
+        with _writable(output_dir, "the pipeline"):
+            pipeline.save_pretrained(temporary, safe_serialization=True)
+            write_json(temporary / CONFIG_FILE, _for_others(resolved(args)))
+            (temporary / "README.md").write_text(model_card(args, summary, repo_id, instruction), encoding="utf-8")
+            for item in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
+                target = output_dir / item.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(item, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def push(args, repo_id: str) -> bool:

@@ -124,6 +124,8 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     state = checkpoints.read_state(checkpoint) if checkpoint else {"step": 0, "samples_seen": 0}
     if checkpoint is None:
         _refuse_to_overwrite(output_dir)
+    else:
+        _refuse_to_branch(output_dir, checkpoint)
     _settle_seed(args, state)
 
     configs = components.read_base_configs(args)
@@ -197,6 +199,19 @@ def _refuse_to_overwrite(output_dir: Path) -> None:
         )
     if (output_dir / "model_index.json").exists():
         raise UserError(f"--output_dir: {output_dir} holds a trained pipeline already; name another folder")
+    in_the_way = [name for name in hub.EXPORTED if (output_dir / name).exists()]
+    if in_the_way and not (output_dir / hub.CONFIG_FILE).exists():
+        raise UserError(f"--output_dir: {output_dir} holds {in_the_way[0]}, which is not a run's; name another folder")
+
+
+def _refuse_to_branch(output_dir: Path, checkpoint: Path) -> None:
+    """Two courses of training in one folder could not be told apart afterwards."""
+    kept = checkpoints.list_checkpoints(output_dir)
+    if kept and checkpoint.resolve().parent == output_dir.resolve() and checkpoint.name != kept[-1].name:
+        raise UserError(
+            f"--resume_from_checkpoint: {checkpoint.name} is not the newest of {output_dir}; move {kept[-1].name} and"
+            " others after it away, or name another --output_dir"
+        )
 
 
 def _settle_seed(args, state: dict) -> None:

@@ -15,7 +15,6 @@ import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from instruct_pix2pix import checkpoint as checkpoints
 from instruct_pix2pix import components, hub, speed
 from instruct_pix2pix.conditioning import drop_conditioning
 from instruct_pix2pix.dataset import to_unit_range
@@ -55,9 +54,7 @@ def train(args, expected_in_channels: int) -> None:
     try:
         training = build(args, accelerator, plan)
         if accelerator.is_main_process:
-            checkpoints.remove_partial(Path(args.output_dir))
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_json(Path(args.output_dir) / hub.CONFIG_FILE, resolved(args))
+            hub.begin(args)
         start_trackers(accelerator, args)
         summary = run_updates(args, accelerator, plan, training)
         finish(args, accelerator, plan, training, summary)
@@ -82,7 +79,8 @@ def run_updates(args, accelerator: Accelerator, plan: Plan, training: Training) 
             loss, grad_norm = update(args, accelerator, plan, training, step)
             log.add(step, loss, grad_norm, training.learning_rate(step - 1))
             stopping = step < args.max_train_steps and stop.agreed(accelerator, step)
-            saving = stopping or step % args.checkpointing_steps == 0
+            # The last update too: what comes after it may fail for want of disk, network or memory.
+            saving = stopping or step % args.checkpointing_steps == 0 or step == args.max_train_steps
             validating = _validation_is_due(args, plan, step) and not stopping
             if step % LOG_EVERY == 0 or step == args.max_train_steps or saving or validating:
                 log.flush()

@@ -286,6 +286,18 @@ def test_sources_that_cannot_be_used(tmp_path, photos, pairs, cartoon_rows):
     (silent / "instructions.txt").unlink()
     assert "no instructions" in error_of(train_data_dir=str(silent))
 
+    (silent / "instructions.txt").write_bytes("entschärfen\n".encode("latin-1"))
+    assert "instructions.txt cannot be read" in error_of(train_data_dir=str(silent))
+    (silent / "metadata.jsonl").write_text('{"file_name": null, "edit_prompt": "blur it"}\n')
+    assert "metadata.jsonl needs file_name and edit_prompt in every row" in error_of(train_data_dir=str(silent))
+
+    commas = tmp_path / "commas.csv"
+    commas.write_text("original_image,edit_prompt,edited_image\na.png,blur it, please,b.png\n")
+    assert "row 1 of commas.csv has more values than there are columns" in error_of(dataset_name=str(commas))
+    both = tmp_path / "both.jsonl"
+    both.write_text('{"file_name": "a.png", "image": "b.png"}\n')
+    assert "both.jsonl has both file_name and image" in error_of(dataset_name=str(both))
+
     broken = write_metadata(tmp_path / "broken", photos[:2])
     (broken / "metadata.jsonl").write_text("{not json\n")
     assert "metadata.jsonl cannot be read" in error_of(dataset_name=str(broken))

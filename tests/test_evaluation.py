@@ -150,6 +150,27 @@ def test_mistakes_are_one_line(flags, message, dataset, base_models, capsys):
     assert caught.value.code == 2 and message in error and error.strip().count("\n") == 0
 
 
+def test_rows_that_cannot_be_used_are_one_line(dataset, capsys):
+    def error_of(*flags) -> str:
+        with pytest.raises(SystemExit) as caught:
+            evaluate.load_triples(evaluate.parse_args(["--model=m", "--resolution=64", *flags]))
+        error = capsys.readouterr().err
+        assert caught.value.code == 2 and error.count("\n") == 1
+        return error
+
+    rows = datasets.load_dataset(str(dataset), split="test")
+    for number, column in enumerate(("instruction", "ground_truth_image")):
+        folder = dataset.parent / f"without-{number}"
+        rows.map(lambda row, name=column: {name: None}).to_parquet(folder / "test.parquet")
+        assert f"row 0 of {folder}: column {column} holds" in error_of(f"--dataset={folder}")
+    assert "column task holds no image" in error_of(f"--dataset={dataset}", "--original_image_column=task",
+                                                    "--edit_prompt_column=instruction",
+                                                    "--edited_image_column=ground_truth_image")  # fmt: skip
+    rows.filter(lambda row: row["task"] == "dark").to_parquet(dataset / "train.parquet")
+    message = "--wordings_from: train has no instruction for the task other"
+    assert message in error_of(f"--dataset={dataset}", "--wordings_from=train")
+
+
 @pytest.mark.slow
 def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path):
     """The README's claim at a quarter of its updates: better than copying, guidance and all, on photographs

@@ -165,7 +165,7 @@ def test_a_failure_while_a_checkpoint_is_written_leaves_the_last_one_in_use(smal
     monkeypatch.setattr(checkpoints, "write_json", real)
     output_dir = Path(calls[0][0]).parent.parent
     assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-1"]
-    assert list(output_dir.glob(".checkpoint-2.partial"))
+    assert not list(output_dir.glob(".checkpoint-2.partial"))  # the disk is full already
     small_run(checkpointing_steps=1, checkpoints_total_limit=1, resume_from_checkpoint="latest")
     assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-4"]
     assert not list(output_dir.glob(".*"))
@@ -239,9 +239,39 @@ def test_an_earlier_run_is_never_overwritten(small_run):
     small_run(max_train_steps=1, checkpointing_steps=1)
     with pytest.raises(UserError, match="--output_dir: .* holds checkpoint-1 of an earlier run"):
         small_run()
-    small_run(name="other", max_train_steps=1)
+    other = small_run(name="other", max_train_steps=1)
+    shutil.rmtree(other / "checkpoint-1")
     with pytest.raises(UserError, match="--output_dir: .* holds a trained pipeline already"):
         small_run(name="other")
+
+
+def test_files_that_are_not_a_runs_are_never_overwritten(small_run, no_weights, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("my notes")
+    with pytest.raises(UserError, match="--output_dir: .* holds README.md, which is not a run's"):
+        small_run(name="mine")
+
+
+def test_the_last_update_is_kept_even_where_the_pipeline_cannot_be_written(small_run, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StableDiffusionInstructPix2PixPipeline, "save_pretrained", full)
+        with pytest.raises(UserError, match="--output_dir: the pipeline cannot be written into .*No space left"):
+            small_run(checkpointing_steps=3)
+    kept = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]
+    assert kept == ["checkpoint-3", "checkpoint-4"] and not list((tmp_path / "run").glob(".*"))
+    output_dir = small_run(checkpointing_steps=3, resume_from_checkpoint="latest")
+    assert (output_dir / "model_index.json").exists() and len(losses(output_dir)) == 4
+
+
+def test_an_older_checkpoint_does_not_branch_off_in_the_same_folder(small_run):
+    output_dir = small_run(checkpointing_steps=2)
+    with pytest.raises(UserError, match="--resume_from_checkpoint: checkpoint-2 is not the newest.*move checkpoint-4"):
+        small_run(resume_from_checkpoint="checkpoint-2")
+    branch = small_run(name="branch", resume_from_checkpoint=output_dir / "checkpoint-2", max_train_steps=4)
+    assert_same_tensors(branch / UNET, output_dir / UNET)
 
 
 def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs, tmp_path):
