@@ -159,7 +159,8 @@ def beside_the_update(stream, make) -> dict[str, torch.Tensor]:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a GPU's memory is what is missing: cuBLAS and cuDNN say it in words of their own."""
     signs = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return told or isinstance(error, torch.OutOfMemoryError)
 
 
 def out_of_memory(args) -> MemoryShortage:

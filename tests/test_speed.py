@@ -122,6 +122,19 @@ def test_the_cuda_graph_computes_what_eager_updates_do(precision, most, small_ru
 # ---- memory
 
 
+@pytest.mark.parametrize(
+    ("error", "is_it"),
+    [
+        (torch.OutOfMemoryError("not even one image fits"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_a_full_gpu_is_told_from_other_errors(error, is_it):
+    assert speed.is_out_of_memory(error) is is_it
+
+
 def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run, monkeypatch, tmp_path):
     from instruct_pix2pix import trainer
 
