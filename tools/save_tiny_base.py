@@ -173,9 +173,9 @@ def main() -> None:
     logs = {stage: read_log(work_dir, stage) for stage in STAGES}
     for stage in ("instruct", "base"):
         # Through half precision and back: what is measured is what is saved.
-        vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").half().float().eval()
-        unet = UNet2DConditionModel.from_pretrained(work_dir / stage / "unet").half().float().eval()
-        text_encoder = CLIPTextModel.from_pretrained(work_dir / stage / "text_encoder").eval()
+        vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").half().float()
+        unet = UNet2DConditionModel.from_pretrained(work_dir / stage / "unet").half().float()
+        text_encoder = CLIPTextModel.from_pretrained(work_dir / stage / "text_encoder")
         pipeline = assemble(vae, text_encoder, build_tokenizer(), unet, build_scheduler())
         pipeline.set_progress_bar_config(disable=True)
         if stage == "instruct":

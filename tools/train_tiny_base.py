@@ -580,7 +580,7 @@ def train_base(arguments, photos: dict, held_out: dict) -> None:
     from tools.generic_edits import EDITS
 
     device = arguments.device
-    vae = AutoencoderKL.from_pretrained(arguments.work_dir / "vae" / "vae").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(arguments.work_dir / "vae" / "vae").to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     captions: dict[str, int] = {"": 0}
 
@@ -721,7 +721,7 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
     from tools.generic_edits import EDITS, RESTORATIONS
 
     device, work_dir = arguments.device, arguments.work_dir
-    vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").to(device).eval()
+    vae = AutoencoderKL.from_pretrained(work_dir / "vae" / "vae").to(device)
     tokenizer, scheduler = build_tokenizer(), build_scheduler()
     names = [name for name in (*EDITS, *RESTORATIONS) if name != "keep"]
 
