@@ -10,16 +10,16 @@ It adapts faster than plain Stable Diffusion, because following instructions is 
 Stable Diffusion use train_instruct_pix2pix.py. The recipes of the published models are in recipes/.
 """
 
-from instruct_pix2pix.errors import run
-from instruct_pix2pix.options import parse_args
+from instruct_pix2pix.cli import run
+from instruct_pix2pix.training.options import parse_args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(__doc__, argv)
-    from instruct_pix2pix.trainer import train  # after parsing: --help and wrong flags answer at once
+    from instruct_pix2pix.training.trainer import train  # after parsing: --help and wrong flags answer at once
 
     train(args, expected_in_channels=8)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, stopped="the same command with --resume_from_checkpoint latest goes on from the last checkpoint there is")

@@ -34,8 +34,9 @@ def main() -> None:
     import numpy as np
     import torch
     from PIL import Image
-    from whitebox import Generator, guided_filter
-    from whitebox_weights import read_weights
+
+    from instruct_pix2pix.building.whitebox import Generator, guided_filter
+    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     torch.set_num_threads(args.threads)
     paths = sorted((ROOT / "assets/photos/train").glob("*.webp"))[: args.images]

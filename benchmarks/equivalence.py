@@ -60,9 +60,9 @@ def run_ours(flags: list[str]):
     """This project's loop; returns losses, UNet weights, averaged weights, and the batches it was fed."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from instruct_pix2pix import trainer
-    from instruct_pix2pix.options import parse_args
-    from instruct_pix2pix.preparation import build, check, start_accelerator
+    from instruct_pix2pix.training import trainer
+    from instruct_pix2pix.training.options import parse_args
+    from instruct_pix2pix.training.preparation import build, check, start_accelerator
 
     # The other sides need the pixels, so the cache stays off; tests/test_latent_cache.py compares it with the live run.
     options = parse_args("", [*flags, "--image_geometry=squash", "--no-cache_latents", "--report_to=none"])
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     import datasets
 
     from benchmarks.models import pairs_folder
-    from tools.build_tiny_base import build_tiny_pipeline
+    from instruct_pix2pix.models.tiny import build_tiny_pipeline
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:

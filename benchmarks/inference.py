@@ -105,15 +105,15 @@ def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     try:
-        import edit_images
+        from inference import edit_images
     except ImportError:
         machine.fail(
             "PYTHONPATH: no folder of it is inference; run PYTHONPATH=inference python -m benchmarks.inference"
         )
-    import planning
     import torch
 
     from benchmarks import models
+    from instruct_pix2pix import edit_folder as planning
 
     folder = Path(args.folder)
     model = models.model_folder(args.size, folder, in_channels=8)

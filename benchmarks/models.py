@@ -35,7 +35,7 @@ def build_pipeline(unet: tuple, vae: tuple, text: tuple, in_channels: int = 4, s
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from tools.build_tiny_base import assemble, build_tokenizer
+    from instruct_pix2pix.models.tiny import assemble, build_tokenizer
 
     tokenizer = build_tokenizer()
     width, layers, heads = text

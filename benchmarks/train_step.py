@@ -192,7 +192,9 @@ def main(argv: list[str] | None = None) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks import models
-    from instruct_pix2pix import components, options, preparation, speed, trainer
+    from instruct_pix2pix.models import sd as components
+    from instruct_pix2pix.training import options, preparation, trainer
+    from instruct_pix2pix.training import step as speed
 
     if args.mixed_precision is None:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"

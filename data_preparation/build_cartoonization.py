@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 
-import records
-import sources
-from records import Row, UserError
-from sources import BadImage, Photos
+from instruct_pix2pix.building import build as records
+from instruct_pix2pix.building import photos as sources
+from instruct_pix2pix.building.build import Row, UserError
+from instruct_pix2pix.building.photos import BadImage, Photos
 
 INSTRUCTIONS = Path(__file__).parent / "instructions" / "cartoonize.txt"
 IMAGENETTE = "frgfm/imagenette"
@@ -84,8 +84,9 @@ def find_photos(args) -> Photos:
 
 def make_plan(photos: Photos, args) -> tuple[list[Row], list[dict]]:
     """Choose the photos, in an order decided by the seed and their names; look at each for hash and size."""
-    from cartoonizer import fitted_size
     from tqdm import tqdm
+
+    from instruct_pix2pix.building.cartoonizer import fitted_size
 
     def look(candidate):
         name, split = candidate
@@ -129,10 +130,10 @@ def make_plan(photos: Photos, args) -> tuple[list[Row], list[dict]]:
 def make_cartoonizer(args):
     """Returns the function from photos to cartoons, its batch size for an image size, and its settings."""
     if args.cartoonizer == "opencv":
-        from cartoonizer import opencv_cartoonize
+        from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
 
         return opencv_cartoonize, lambda width, height: args.batch_size, {"cartoonizer": "opencv"}
-    from whitebox_weights import read_weights
+    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     weights = read_weights(args.cartoonizer_weights)
     digest = hashlib.sha256()
@@ -140,7 +141,8 @@ def make_cartoonizer(args):
         digest.update(weights[name].tobytes())
 
     import torch
-    from whitebox import whitebox_cartoonizer
+
+    from instruct_pix2pix.building.whitebox import whitebox_cartoonizer
 
     device = args.device
     if device == "auto":
@@ -176,7 +178,8 @@ def main(args) -> None:
     }
 
     import numpy as np
-    from cartoonizer import fit_photo
+
+    from instruct_pix2pix.building.cartoonizer import fit_photo
 
     pool = ThreadPoolExecutor(THREADS)
 

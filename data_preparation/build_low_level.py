@@ -17,11 +17,11 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-import records
-import sources
-from records import Row, UserError
-from restoration_sets import SETS, find_pairs
-from sources import BadImage
+from instruct_pix2pix.building import build as records
+from instruct_pix2pix.building import photos as sources
+from instruct_pix2pix.building.build import Row, UserError
+from instruct_pix2pix.building.photos import BadImage
+from instruct_pix2pix.building.restoration_sets import SETS, find_pairs
 
 INSTRUCTIONS = Path(__file__).parent / "instructions"
 SYNTHETIC_TASKS = ["deblur", "derain", "denoise", "enhance", "dejpeg", "deblur_denoise", "denoise_dejpeg"]
@@ -262,8 +262,9 @@ def plan_real(name: str, pairs: list, read, skipped: list[dict], args) -> list[R
 
 def plan_synthetic(photos, skipped: list[dict], args) -> list[Row]:
     """`--synthesize` rows: the photos in a random order, over and over, the tasks in turn."""
-    from cartoonizer import fitted_size
     from tqdm import tqdm
+
+    from instruct_pix2pix.building.cartoonizer import fitted_size
 
     def look(candidate):
         name, split = candidate
@@ -313,8 +314,9 @@ def plan_synthetic(photos, skipped: list[dict], args) -> list[Row]:
 def synthesize(photo, row: Row, args) -> list:
     """(H, W, 3) uint8 photo -> [degraded, ground truth], the photo scaled down if a flag asks for it."""
     import cv2
-    from cartoonizer import fitted_size
-    from degradations import degrade
+
+    from instruct_pix2pix.building.cartoonizer import fitted_size
+    from instruct_pix2pix.building.degradations import degrade
 
     size = fitted_size(photo.shape[1], photo.shape[0], args.max_short_side or max(photo.shape), multiple=1)
     if size != photo.shape[1::-1]:

@@ -7,8 +7,8 @@ Needs a token that may write, from `hf auth login` or in HF_TOKEN. Running it ag
 
 from pathlib import Path
 
-import records
-from records import UserError, first_line
+from instruct_pix2pix.building import build as records
+from instruct_pix2pix.building.build import UserError, first_line
 
 
 def parse_arguments():

@@ -35,9 +35,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import editing
-import planning
-from planning import Edit
+from instruct_pix2pix import edit_folder as planning
+from instruct_pix2pix import editing
+from instruct_pix2pix.edit_folder import Edit
 
 if TYPE_CHECKING:
     from PIL import Image

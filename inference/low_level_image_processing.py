@@ -9,7 +9,7 @@ Runs on CUDA in half precision where there is a GPU, otherwise on the CPU in sin
 the size of the input. Folders of images are for edit_images.py.
 """
 
-import editing
+from instruct_pix2pix import editing
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What train_instruct_pix2pix.py and finetune_instruct_pix2pix.py share. Start reading at trainer.py."""
+"""Instruction-tuned Stable Diffusion: the library under the scripts. Training starts at training/trainer.py."""
 
 import os
 

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def base_models(tmp_path_factory) -> dict[str, Path]:
     """A 4-channel and an 8-channel tiny pipeline with random weights: `train` and `finetune` start from them."""
-    from tools.build_tiny_base import build_tiny_pipeline
+    from instruct_pix2pix.models.tiny import build_tiny_pipeline
 
     folder = tmp_path_factory.mktemp("base")
     models = {"train": folder / "tiny-stable-diffusion", "finetune": folder / "tiny-instruct-pix2pix"}

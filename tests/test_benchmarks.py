@@ -41,7 +41,8 @@ def test_every_stage_of_an_update_is_timed(cached, tmp_path, capsys, monkeypatch
     from accelerate.state import AcceleratorState, GradientState
 
     from benchmarks import models, train_step
-    from instruct_pix2pix import components, trainer
+    from instruct_pix2pix.models import sd as components
+    from instruct_pix2pix.training import trainer
 
     tiny = {"unet": (32, 32, 32, 32), "vae": (32, 32, 32, 32), "text": (32, 1, 4)}
     monkeypatch.setitem(models.SIZES, "small", tiny)

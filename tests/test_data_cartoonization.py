@@ -57,8 +57,9 @@ def build_many(folder: Path, photos: Path) -> Path:
 
 def test_pairs_are_aligned_and_loadable(tmp_path):
     import datasets
-    from cartoonizer import fit_photo, opencv_cartoonize
-    from sources import decode_image
+
+    from instruct_pix2pix.building.cartoonizer import fit_photo, opencv_cartoonize
+    from instruct_pix2pix.building.photos import decode_image
 
     for name in ("train", "test"):
         (tmp_path / "photos" / name / "nested").mkdir(parents=True)
@@ -116,7 +117,7 @@ def test_instruction_depends_on_image_and_seed_alone(tmp_path, whole, many_photo
 
 
 def test_held_out_wordings_are_for_the_test_split(whole):
-    from records import read_instructions
+    from instruct_pix2pix.building.build import read_instructions
 
     training, held_out = read_instructions(ROOT / "data_preparation/instructions/cartoonize.txt")
     assert len(training) >= 50 and len(held_out) >= 5 and not set(training) & set(held_out)
@@ -142,7 +143,7 @@ def test_all_instructions_seed_and_max_num_samples(tmp_path, many_photos):
 
 def test_killed_at_any_moment_and_run_again(tmp_path, many_photos, whole):
     """Killed three times; in between the photos of all finished rows are destroyed: they must not be needed again."""
-    from records import GROUP_PIXELS, GROUP_ROWS, Row, cut, name_shards
+    from instruct_pix2pix.building.build import GROUP_PIXELS, GROUP_ROWS, Row, cut, name_shards
 
     photos = tmp_path / "copy"
     photos.mkdir()
@@ -239,7 +240,7 @@ def test_full_disk_leaves_what_is_finished(tmp_path, many_photos, whole):
 
 def test_images_of_every_kind(tmp_path):
     """What can be read is read right; what cannot be is listed with its reason; the rest goes on."""
-    from sources import decode_image
+    from instruct_pix2pix.building.photos import decode_image
 
     folder = tmp_path / "photos"
     folder.mkdir()

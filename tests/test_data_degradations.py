@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instruct_pix2pix.building import degradations
 from tests.data_scripts import PHOTOS  # makes the scripts' folder importable
 
-import degradations  # isort: skip
-from degradations import GAMMA, TASKS, degrade  # isort: skip
+from instruct_pix2pix.building.degradations import GAMMA, TASKS, degrade  # isort: skip
 
 
 @pytest.fixture(scope="module")

@@ -297,8 +297,8 @@ def test_partners_and_sizes_are_checked(tmp_path, pictures):
 
 
 def test_synthesis(tmp_path):
-    from cartoonizer import fitted_size
-    from sources import decode_image
+    from instruct_pix2pix.building.cartoonizer import fitted_size
+    from instruct_pix2pix.building.photos import decode_image
 
     photos = make_photos(tmp_path / "photos", 30, side=72)
     arguments = ("--photos", photos, "--synthesize", 70, "--max_short_side", 48, "--rows_per_shard", 12)
@@ -356,10 +356,10 @@ def test_a_few_tasks_and_severity(tmp_path):
 
 
 def test_instruction_lists():
-    from build_low_level import SYNTHETIC_TASKS
-    from degradations import TASKS as degradations
-    from records import read_instructions
-    from restoration_sets import SETS
+    from data_preparation.build_low_level import SYNTHETIC_TASKS
+    from instruct_pix2pix.building.build import read_instructions
+    from instruct_pix2pix.building.degradations import TASKS as degradations
+    from instruct_pix2pix.building.restoration_sets import SETS
 
     assert list(degradations) == SYNTHETIC_TASKS
     everything = []

@@ -26,7 +26,7 @@ SCRIPT = "build_cartoonization.py"
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
     """Random weights under which values keep their size through the network."""
-    from whitebox_weights import SHAPES
+    from instruct_pix2pix.building.whitebox_weights import SHAPES
 
     rng = np.random.default_rng(0)
     return {
@@ -91,7 +91,8 @@ def photo(width: int, height: int) -> np.ndarray:
 
 def test_generator_and_filter_match_the_reference(weights):
     import torch
-    from whitebox import Generator, guided_filter
+
+    from instruct_pix2pix.building.whitebox import Generator, guided_filter
 
     image = photo(32, 24)[..., ::-1] / 127.5 - 1
     generator = Generator()
@@ -109,7 +110,7 @@ def test_generator_and_filter_match_the_reference(weights):
 
 def test_a_batch_is_each_photo_by_itself(weights):
     """uint8 RGB in and out; the whole path against the reference, channel order and truncation included."""
-    from whitebox import whitebox_cartoonizer
+    from instruct_pix2pix.building.whitebox import whitebox_cartoonizer
 
     photos = np.stack([photo(40, 32), photo(40, 32)[::-1], photo(80, 64)[16:48, 8:48]])
     cartoonize = whitebox_cartoonizer(weights)
@@ -132,7 +133,7 @@ def nearly_equal(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def test_photo_fitted_as_the_reference_does():
-    from cartoonizer import fit_photo, fitted_size
+    from instruct_pix2pix.building.cartoonizer import fit_photo, fitted_size
 
     assert fit_photo(photo(100, 77)).shape == (72, 96, 3)
     assert np.array_equal(fit_photo(photo(100, 77)), photo(100, 77)[:72, :96])  # cropped, not scaled
@@ -240,7 +241,7 @@ def same(first: dict, second: dict) -> bool:
 
 
 def test_checksum_is_crc32c():
-    from whitebox_weights import masked_crc32c
+    from instruct_pix2pix.building.whitebox_weights import masked_crc32c
 
     assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C's definition
     for data in (b"", b"123456789", bytes(range(256))):
@@ -248,7 +249,7 @@ def test_checksum_is_crc32c():
 
 
 def test_weights_from_a_saved_model(tmp_path, weights):
-    from whitebox_weights import read_weights
+    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     assert same(read_weights(str(write_saved_model(tmp_path / "plain", weights))), weights)
     scoped = write_saved_model(tmp_path / "scoped", weights, lambda layer, kind: f"model/generator/{layer}/{kind}:0")
@@ -257,7 +258,7 @@ def test_weights_from_a_saved_model(tmp_path, weights):
 
 def test_weights_from_an_object_based_checkpoint(tmp_path, weights):
     """Keys say nothing there; the object graph, kept as one more entry, names the variables."""
-    from whitebox_weights import read_weights
+    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     graph: dict[str, str] = {}
 
@@ -272,7 +273,8 @@ def test_weights_from_an_object_based_checkpoint(tmp_path, weights):
 
 def test_weights_from_npz_and_safetensors(tmp_path, weights):
     from safetensors.numpy import save_file
-    from whitebox_weights import read_weights
+
+    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     np.savez(tmp_path / "weights.npz", **weights)
     save_file(weights, tmp_path / "weights.safetensors")
@@ -325,7 +327,7 @@ def test_wrong_weights_name_the_first_array_that_does_not_fit(tmp_path, weights)
 @pytest.mark.slow
 def test_weights_from_the_hub_are_converted_once(tmp_path, weights):
     """The whole command with a SavedModel on the Hub; again without the Hub; the same cartoons as from a file."""
-    from whitebox import whitebox_cartoonizer
+    from instruct_pix2pix.building.whitebox import whitebox_cartoonizer
 
     model = write_saved_model(tmp_path / "model", weights)
     photos = make_photos(tmp_path / "photos", 5)
@@ -356,7 +358,7 @@ def test_weights_from_the_hub_are_converted_once(tmp_path, weights):
 
 @needs_reference
 def test_the_authors_weights_are_read_alike_from_npz_and_tflite():
-    from whitebox_weights import read_weights
+    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     npz = read_weights(f"{REFERENCE}/whitebox_generator_oihw_fp16.npz")
     assert same(read_weights(f"{REFERENCE}/whitebox_cartoon_gan_fp16.tflite"), npz)
@@ -364,7 +366,7 @@ def test_the_authors_weights_are_read_alike_from_npz_and_tflite():
 
 @needs_reference
 def test_the_authors_own_index_is_read():
-    from whitebox_weights import SHAPES, layer_of, read_message, read_table
+    from instruct_pix2pix.building.whitebox_weights import SHAPES, layer_of, read_message, read_table
 
     table = read_table(Path(f"{REFERENCE}/model-33999.index").read_bytes())
     found = {}
@@ -380,8 +382,9 @@ def test_parity_with_the_published_tflite_file():
     """The file runs at 224x224 with the guided filter included; at float32 the two differ by less than 1e-4."""
     litert = pytest.importorskip("ai_edge_litert.interpreter")
     import torch
-    from whitebox import Generator, guided_filter
-    from whitebox_weights import read_weights
+
+    from instruct_pix2pix.building.whitebox import Generator, guided_filter
+    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     path = f"{REFERENCE}/whitebox_cartoon_gan_fp16.tflite"
     interpreter = litert.Interpreter(path)

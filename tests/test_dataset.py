@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from instruct_pix2pix.dataset import COLUMN_NAMES, TripleDataset, collate, find_columns, load_triples
-from instruct_pix2pix.errors import RowError, UserError
+from instruct_pix2pix.cli import RowError, UserError
+from instruct_pix2pix.data.triples import COLUMN_NAMES, TripleDataset, collate, find_columns, load_triples
 
 
 def options(**changes) -> SimpleNamespace:

@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 import datasets
-import evaluate
-import metrics
 import numpy as np
 import pytest
-from conftest import ROOT
 from PIL import Image
+
+from evaluation import evaluate
+from instruct_pix2pix import metrics
+from tests.conftest import ROOT
 
 
 def test_psnr_by_arithmetic():
@@ -57,7 +58,7 @@ def dataset(tmp_path, photos):
 @pytest.mark.parametrize("size", [(500, 375), (1000, 750), (750, 1001), (96, 64), (300, 200)])
 def test_pairs_are_aligned_as_in_training(size, photos):
     """The published cartoons' cut, a scaled target, equal sizes."""
-    from instruct_pix2pix import geometry
+    from instruct_pix2pix.data import geometry
 
     photo = photos[0].resize(size)
     for target in (geometry.whitebox_size(*size)[1], (size[0] // 2, size[1] // 2), size):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instruct_pix2pix.geometry import align_original, alignment, crop_pair, to_rgb, whitebox_size
+from instruct_pix2pix.data.geometry import align_original, alignment, crop_pair, whitebox_size
+from instruct_pix2pix.images import to_rgb
 
 
 def coordinates(width: int, height: int) -> Image.Image:

@@ -15,13 +15,14 @@ from functools import partial
 from pathlib import Path
 
 import cartoonize
-import edit_images
-import editing
 import numpy as np
-import planning
 import pytest
-from loopback_hub import loopback_hub
 from PIL import Image
+
+from inference import edit_images
+from instruct_pix2pix import edit_folder as planning
+from instruct_pix2pix import editing
+from tests.loopback_hub import loopback_hub
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["cartoonize.py", "low_level_image_processing.py", "edit_images.py"]
@@ -39,7 +40,7 @@ def on_the_cpu():
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A complete InstructPix2Pix pipeline with random weights, small enough for a test."""
-    from tools.build_tiny_base import build_tiny_pipeline
+    from instruct_pix2pix.models.tiny import build_tiny_pipeline
 
     folder = tmp_path_factory.mktemp("model") / "tiny"
     build_tiny_pipeline(in_channels=8, seed=0).save_pretrained(folder)

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from instruct_pix2pix import latent_cache
-from instruct_pix2pix.errors import RowError, UserError
+from instruct_pix2pix.cli import RowError, UserError
+from instruct_pix2pix.data import latent_cache
+from tests.conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LIVE = {"no-cache_latents": True}
@@ -167,7 +167,7 @@ def test_flags_that_contradict_each_other(small_run):
 
 KILLED = """
 import os, signal, sys
-from instruct_pix2pix import latent_cache
+from instruct_pix2pix.data import latent_cache
 latent_cache.ROWS_PER_FILE, latent_cache.TEXTS_PER_FILE = 4, 1
 flush = latent_cache._flush
 def kill_before_the_second_is_whole(path):

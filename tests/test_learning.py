@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from metrics import psnr
 from PIL import Image
+
+from instruct_pix2pix.metrics import psnr
+from tests.conftest import ROOT, run_script
 
 pytestmark = pytest.mark.slow
 BASE = ROOT / "assets/tiny-instruct-pix2pix"

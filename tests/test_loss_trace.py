@@ -7,7 +7,8 @@ import json
 import os
 
 import pytest
-from conftest import ROOT, losses
+
+from tests.conftest import ROOT, losses
 
 TRACE = ROOT / "tests/assets/loss_trace.json"
 

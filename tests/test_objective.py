@@ -8,11 +8,11 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, compute_snr
 
-from instruct_pix2pix.components import widen_conv_in
-from instruct_pix2pix.conditioning import drop_conditioning, dropout_masks
-from instruct_pix2pix.ema import EMA, ema_decay
-from instruct_pix2pix.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
-from instruct_pix2pix.random_streams import SampleOrder, stream, window_positions
+from instruct_pix2pix.data.order import SampleOrder, stream, window_positions
+from instruct_pix2pix.models.sd import widen_conv_in
+from instruct_pix2pix.training.conditioning import drop_conditioning, dropout_masks
+from instruct_pix2pix.training.ema import EMA, ema_decay
+from instruct_pix2pix.training.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import assert_same_tensors, losses
 from safetensors.torch import load_file
 
-from instruct_pix2pix import speed
-from instruct_pix2pix.ema import EMA
+from instruct_pix2pix.training import step as speed
+from instruct_pix2pix.training.ema import EMA
+from tests.conftest import assert_same_tensors, losses
 
 pytest.importorskip("triton", reason="needs Triton, which is for Linux")
 
@@ -25,7 +25,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def one_pass(monkeypatch):
-    from instruct_pix2pix import one_pass
+    from instruct_pix2pix.training import one_pass
 
     if DEVICE == "cpu":
         from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
@@ -178,7 +178,7 @@ def test_the_kernel_compiles_for_gpus_with_wide_loads(capability, half, monkeypa
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from instruct_pix2pix import one_pass
+    from instruct_pix2pix.training import one_pass
 
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # what Triton 3.9 warns about when it is left out
     constants = {
@@ -262,7 +262,7 @@ def test_autocast_and_the_half_twin_give_the_same_gradients(base_models):
     """The gradients that the copies get are those that autocast casts to float32 afterwards, bit by bit."""
     from diffusers import UNet2DConditionModel
 
-    from instruct_pix2pix.one_pass import half_twin
+    from instruct_pix2pix.training.one_pass import half_twin
 
     unet = UNet2DConditionModel.from_pretrained(base_models["finetune"], subfolder="unet").to(DEVICE)
     twin = half_twin(unet, torch.bfloat16)

@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, to_argv
 
-from instruct_pix2pix.errors import MemoryShortage, UserError, run
-from instruct_pix2pix.options import build_parser, check, parse_args, resolved, trackers
+from instruct_pix2pix.cli import MemoryShortage, UserError, run
+from instruct_pix2pix.training.options import build_parser, check, parse_args, resolved, trackers
+from tests.conftest import ROOT, to_argv
 
 NEEDED = ["--pretrained_model_name_or_path=model", "--dataset_name=data"]
 # The flags of the original's scripts, of diffusers' today, and our own.

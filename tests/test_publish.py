@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, to_argv
-from loopback_hub import TOKEN, loopback_hub
+
+from tests.conftest import ROOT, to_argv
+from tests.loopback_hub import TOKEN, loopback_hub
 
 pytestmark = pytest.mark.slow
 PHOTO = ROOT / "assets/photos/test/sea6.webp"

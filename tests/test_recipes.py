@@ -8,7 +8,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT, losses
+
+from tests.conftest import ROOT, losses
 
 pytestmark = pytest.mark.slow
 

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_same_tensors, losses
 from safetensors.torch import load_file
 
-from instruct_pix2pix import checkpoint as checkpoints
-from instruct_pix2pix import speed
-from instruct_pix2pix.errors import UserError
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.training import checkpoint as checkpoints
+from instruct_pix2pix.training import step as speed
+from tests.conftest import assert_same_tensors, losses
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -136,7 +136,7 @@ def test_a_full_gpu_is_told_from_other_errors(error, is_it):
 
 
 def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run, monkeypatch, tmp_path):
-    from instruct_pix2pix import trainer
+    from instruct_pix2pix.training import trainer
 
     real, calls = trainer.forward_backward, []
 
@@ -166,7 +166,7 @@ def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run
 
 def test_training_goes_on_while_a_checkpoint_is_written(small_run, monkeypatch):
     """The checkpoint of update 2 is held up until update 3 is done, and still holds update 2."""
-    from instruct_pix2pix import trainer
+    from instruct_pix2pix.training import trainer
 
     flags = {"use_ema": True, "checkpointing_steps": 2}
     first = small_run(name="first", max_train_steps=2, **flags) / "checkpoint-2"

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cartoonizer import opencv_cartoonize
 from PIL import Image, ImageOps
 from safetensors import safe_open
 
-from tools.build_tiny_base import VOCABULARY, build_tiny_pipeline, build_tokenizer, save_pipeline
+from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
+from instruct_pix2pix.models.tiny import VOCABULARY, build_tiny_pipeline, build_tokenizer, save_pipeline
 from tools.generic_edits import EDITS, RESTORATIONS
 from tools.train_tiny_base import (
     embed_linear,

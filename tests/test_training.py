@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from instruct_pix2pix import checkpoint as checkpoints
-from instruct_pix2pix.errors import UserError
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.training import checkpoint as checkpoints
+from tests.conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -102,7 +102,7 @@ def test_k_plus_k_updates_equal_2k_updates_bit_by_bit(batch, accumulation, steps
 
 
 def test_resuming_reads_no_sample_that_was_already_seen(small_run, monkeypatch, tmp_path):
-    from instruct_pix2pix.dataset import TripleDataset
+    from instruct_pix2pix.data.triples import TripleDataset
 
     whole = small_run(name="whole", checkpointing_steps=2)
     (tmp_path / "halved").mkdir()
@@ -173,7 +173,7 @@ def test_a_failure_while_a_checkpoint_is_written_leaves_the_last_one_in_use(smal
 
 KILL_WHILE_WRITING = """
 import os, signal, sys
-from instruct_pix2pix import checkpoint
+from instruct_pix2pix.training import checkpoint
 flush, seen = checkpoint._flush, []
 def kill_in_the_second_checkpoint(path):
     if ".checkpoint-2.partial" in str(path):
@@ -293,7 +293,7 @@ def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs,
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_run_that_is_stopped_keeps_the_update_it_was_at(number, workers, small_run, monkeypatch, tmp_path):
     """The signal comes in the middle of the third update, to loader processes too, as a terminal and a cluster do."""
-    from instruct_pix2pix import trainer
+    from instruct_pix2pix.training import trainer
 
     flags = {"use_ema": True, "max_train_steps": 5, "dataloader_num_workers": workers}
     prepare, calls = trainer.prepare, []
@@ -320,9 +320,9 @@ def test_a_run_that_is_stopped_keeps_the_update_it_was_at(number, workers, small
 def test_what_nobody_foresaw_ends_with_its_traceback_and_leaves_no_process(base_models, pairs, tmp_path):
     code = """
 import sys
-from instruct_pix2pix import trainer
+from instruct_pix2pix.training import trainer
 import finetune_instruct_pix2pix
-from instruct_pix2pix.errors import run
+from instruct_pix2pix.cli import run
 
 def update(*_):
     raise RuntimeError("a kernel that does not work")
@@ -346,7 +346,7 @@ run(finetune_instruct_pix2pix.main, sys.argv[1:])
 
 
 def test_a_second_signal_does_not_wait():
-    from instruct_pix2pix.trainer import Stop
+    from instruct_pix2pix.training.trainer import Stop
 
     stop = Stop()
     try:
@@ -405,7 +405,7 @@ def test_an_unreachable_validation_address_is_warned_of_and_training_goes_on(sma
 
 
 def test_a_validation_that_needs_too_much_memory_is_left_out(small_run, monkeypatch, caplog):
-    from instruct_pix2pix import trainer
+    from instruct_pix2pix.training import trainer
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -552,7 +552,7 @@ def test_fp16_trains_on_a_gpu_with_loss_scaling(small_run):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test if a mistake is noticed only after weights were loaded."""
-    from instruct_pix2pix import components
+    from instruct_pix2pix.models import sd as components
 
     def loaded(*_):
         raise AssertionError("weights were loaded before the mistake was noticed")

@@ -161,7 +161,7 @@ def main() -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from tools.build_tiny_base import assemble, build_scheduler, build_tokenizer, save_pipeline
+    from instruct_pix2pix.models.tiny import assemble, build_scheduler, build_tokenizer, save_pipeline
     from tools.generic_edits import EDITS, RESTORATIONS
     from tools.train_tiny_base import centre_crops, edit_figures, load_photos
 

@@ -345,7 +345,7 @@ def autoencoder_data(arguments, photos: dict, held_out: dict):
     import torch
     from tqdm import tqdm
 
-    from data_preparation.cartoonizer import opencv_cartoonize
+    from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
     from tools.generic_edits import flat_colours, gray, invert, more_contrast, posterize, vivid
 
     def cartoon(image, rng):
@@ -385,7 +385,7 @@ def train_linear(arguments, photos: dict, held_out: dict) -> None:
     """Train the linear autoencoder, embed it in the VAE and save that to `<work_dir>/linear`."""
     import torch
 
-    from tools.build_tiny_base import build_vae
+    from instruct_pix2pix.models.tiny import build_vae
 
     batch, probes = autoencoder_data(arguments, photos, held_out)
     torch.manual_seed(arguments.seed)
@@ -576,7 +576,7 @@ def train_base(arguments, photos: dict, held_out: dict) -> None:
     import torch
     from diffusers import AutoencoderKL
 
-    from tools.build_tiny_base import build_scheduler, build_text_encoder, build_tokenizer, build_unet
+    from instruct_pix2pix.models.tiny import build_scheduler, build_text_encoder, build_tokenizer, build_unet
     from tools.generic_edits import EDITS
 
     device = arguments.device
@@ -717,7 +717,7 @@ def train_instruct(arguments, photos: dict, held_out: dict) -> None:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    from tools.build_tiny_base import assemble, build_scheduler, build_tokenizer
+    from instruct_pix2pix.models.tiny import assemble, build_scheduler, build_tokenizer
     from tools.generic_edits import EDITS, RESTORATIONS
 
     device, work_dir = arguments.device, arguments.work_dir

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from records import UserError
-from sources import SPLIT_NAMES, walk_images
+from instruct_pix2pix.building.photos import SPLIT_NAMES
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.images import walk_images
 
 
 class Place(NamedTuple):

@@ -4,13 +4,13 @@ Imports nothing heavy, so that `--help` and a wrong flag answer at once.
 """
 
 import argparse
-import json
 import math
-import os
 import secrets
 from pathlib import Path
 
-from instruct_pix2pix.errors import UserError
+from instruct_pix2pix.cli import Parser, UserError
+from instruct_pix2pix.data.geometry import GEOMETRIES, crop_is_fixed
+from instruct_pix2pix.images import is_url
 
 LR_SCHEDULERS = (
     "linear",
@@ -21,18 +21,6 @@ LR_SCHEDULERS = (
     "constant_with_warmup",
 )
 TRACKERS = ("tensorboard", "wandb", "none")
-GEOMETRIES = ("resize_crop", "crop", "squash")
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind every flag, the docstring's lines as they stand."""
-
-
-class _OneLineParser(argparse.ArgumentParser):
-    """argparse prints the whole usage before an error; with fifty flags the error drowns in it."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (see --help)")
 
 
 def _size_or_auto(text: str) -> int | str:
@@ -44,11 +32,8 @@ _size_or_auto.__name__ = "number or auto"  # argparse names it in its error: inv
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser both scripts use. `description` is the script's docstring."""
-    parser = _OneLineParser(
-        usage="%(prog)s --pretrained_model_name_or_path MODEL --dataset_name DATASET [options]",
-        description=description,
-        formatter_class=_HelpFormatter,
-        allow_abbrev=False,
+    parser = Parser(
+        description, usage="%(prog)s --pretrained_model_name_or_path MODEL --dataset_name DATASET [options]"
     )
 
     model = parser.add_argument_group("model")
@@ -264,9 +249,9 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if not 0 <= value < 1:
             raise UserError(f"--{name}: {value} is out of range; give a number from 0 to below 1")
-    if args.cached_crops is not None and args.cached_crops > 1 and crop_is_fixed(args):
+    if args.cached_crops is not None and args.cached_crops > 1 and crop_is_fixed(args.image_geometry, args.center_crop):
         raise UserError(f"--cached_crops: {args.cached_crops} of a crop that is always the same; leave the flag out")
-    if args.cache_latents and args.cached_crops is None and not crop_is_fixed(args):
+    if args.cache_latents and args.cached_crops is None and not crop_is_fixed(args.image_geometry, args.center_crop):
         raise UserError(
             "--cache_latents: the crop is random, so say how many of each pair to keep with --cached_crops (4, say),"
             " or fix it with --center_crop"
@@ -292,15 +277,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--train_data_dir: {args.train_data_dir} is not a folder")
 
 
-def crop_is_fixed(args: argparse.Namespace) -> bool:
-    """Whether every epoch sees the same part of a picture."""
-    return args.center_crop or args.image_geometry == "squash"
-
-
-def is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
-
-
 def trackers(args: argparse.Namespace) -> list[str]:
     """The trackers asked for, without `none`."""
     names = [name.strip() for name in args.report_to.split(",") if name.strip()]
@@ -316,12 +292,3 @@ def resolved(args: argparse.Namespace) -> dict:
     """The flags as they are written down and tracked: everything but the token."""
     hidden = {"hub_token", "seed_was_given", "local_rank", "dry_run"}
     return {name: value for name, value in sorted(vars(args).items()) if name not in hidden}
-
-
-def write_json(path: str | os.PathLike, content) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-    os.replace(temporary, path)

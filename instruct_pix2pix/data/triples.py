@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
 import datasets
@@ -19,9 +18,11 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instruct_pix2pix.errors import RowError, UserError
-from instruct_pix2pix.geometry import align_original, alignment, crop_pair, to_rgb
-from instruct_pix2pix.random_streams import SampleOrder, stream
+from instruct_pix2pix.cli import RowError, UserError
+from instruct_pix2pix.data.geometry import align_original, alignment, crop_pair
+from instruct_pix2pix.data.order import SampleOrder, stream
+from instruct_pix2pix.images import SUFFIXES as IMAGE_SUFFIXES
+from instruct_pix2pix.images import BadImage, image_size, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,6 @@ COLUMN_NAMES = {
 # Rows whose sizes and instructions are looked at before training; a larger dataset is sampled evenly.
 ROWS_CHECKED = 10_000
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 @dataclass
@@ -262,17 +262,11 @@ def _as_undecoded_images(rows: datasets.Dataset, column: str, role: str, source:
     raise UserError(f"--{role}_column: {column} holds {feature}, not images ({source})")
 
 
-def open_image(cell: dict | None) -> Image.Image:
-    """An undecoded cell ({'bytes', 'path'}) as a PIL image with its header read. Raises OSError or ValueError."""
+def image_source(cell: dict | None) -> bytes | str:
+    """What an undecoded cell ({'bytes', 'path'}) holds, for images.read_image. Raises BadImage where it is empty."""
     if not cell or (cell["bytes"] is None and not cell["path"]):
-        raise ValueError("no image")
-    return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    # The base class's getexif: the PNG reader's own would decode the whole image to look for a late chunk.
-    turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
-    return (image.height, image.width) if turned else image.size
+        raise BadImage("no image")
+    return cell["bytes"] if cell["bytes"] is not None else cell["path"]
 
 
 def _check_rows(triples: Triples, show_progress: bool) -> None:
@@ -286,9 +280,8 @@ def _check_rows(triples: Triples, show_progress: bool) -> None:
         sizes = []
         for column in (triples.original_image, triples.edited_image):
             try:
-                with open_image(row[column]) as image:
-                    sizes.append(_upright_size(image))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                sizes.append(image_size(image_source(row[column])))
+            except BadImage as error:
                 raise _row_error(triples, index, column, f"not a readable image ({error})") from error
         try:
             kinds[alignment(*sizes)] += 1
@@ -372,8 +365,8 @@ def open_pair(triples: Triples, row_index: int) -> tuple[list[str], Image.Image,
     images = {}
     for column in (triples.original_image, triples.edited_image):
         try:
-            images[column] = to_rgb(open_image(row[column]))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            images[column] = read_image(image_source(row[column]))
+        except BadImage as error:
             raise _row_error(triples, row_index, column, f"cannot be decoded ({error})") from error
     edited = images[triples.edited_image]
     try:

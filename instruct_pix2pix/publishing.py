@@ -14,9 +14,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
-from instruct_pix2pix import checkpoint as checkpoints
-from instruct_pix2pix.errors import UserError
-from instruct_pix2pix.options import resolved, write_json
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.files import write_json
+from instruct_pix2pix.training import checkpoint as checkpoints
+from instruct_pix2pix.training.options import resolved
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from instruct_pix2pix.errors import UserError
+from instruct_pix2pix.cli import UserError
 
 logger = logging.getLogger(__name__)
 

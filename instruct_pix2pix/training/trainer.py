@@ -15,13 +15,17 @@ import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from instruct_pix2pix import components, hub, speed
-from instruct_pix2pix.conditioning import drop_conditioning
-from instruct_pix2pix.dataset import to_unit_range
-from instruct_pix2pix.errors import RowError
-from instruct_pix2pix.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
-from instruct_pix2pix.options import resolved, write_json
-from instruct_pix2pix.preparation import (
+from instruct_pix2pix import publishing as hub
+from instruct_pix2pix.cli import RowError
+from instruct_pix2pix.data.triples import to_unit_range
+from instruct_pix2pix.files import write_json
+from instruct_pix2pix.models import sd as components
+from instruct_pix2pix.training import step as speed
+from instruct_pix2pix.training.conditioning import drop_conditioning
+from instruct_pix2pix.training.log import JsonLog, start_trackers
+from instruct_pix2pix.training.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
+from instruct_pix2pix.training.options import resolved
+from instruct_pix2pix.training.preparation import (
     STOP_SIGNALS,
     Plan,
     Training,
@@ -30,8 +34,7 @@ from instruct_pix2pix.preparation import (
     print_dry_run,
     start_accelerator,
 )
-from instruct_pix2pix.tracking import JsonLog, start_trackers
-from instruct_pix2pix.validation import validate
+from instruct_pix2pix.training.validation import validate
 
 logger = logging.getLogger(__name__)
 

@@ -1,19 +1,16 @@
 """Edit one image during training, with the weights that would be exported, and show it."""
 
-import io
 import logging
 from pathlib import Path
 
-import requests
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from instruct_pix2pix.components import build_pipeline
-from instruct_pix2pix.errors import UserError
-from instruct_pix2pix.geometry import to_rgb
-from instruct_pix2pix.options import is_url
-from instruct_pix2pix.random_streams import stream
-from instruct_pix2pix.tracking import log_images
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.data.order import stream
+from instruct_pix2pix.images import BadImage, is_url, read_image
+from instruct_pix2pix.models.sd import build_pipeline
+from instruct_pix2pix.training.log import log_images
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +30,14 @@ def load_validation_image(args, multiple: int) -> Image.Image | None:
         return None
     if is_url(args.val_image_url):
         try:
-            response = requests.get(args.val_image_url, timeout=15)
-            response.raise_for_status()
-            image = to_rgb(Image.open(io.BytesIO(response.content)))
-        except (requests.RequestException, OSError, ValueError) as error:
-            reason = type(error).__name__
-            logger.warning("--val_image_url: %s cannot be read (%s); no validation", args.val_image_url, reason)
+            image = read_image(args.val_image_url)
+        except BadImage as error:
+            logger.warning("--val_image_url: %s %s; no validation", args.val_image_url, error)
             return None
     else:
         try:
-            image = to_rgb(Image.open(args.val_image_url))
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+            image = read_image(args.val_image_url)
+        except BadImage as error:
             raise UserError(f"--val_image_url: {args.val_image_url} is not a readable image ({error})") from error
     scale = min(1.0, 2 * args.resolution / min(image.size))
     size = [max(multiple, int(side * scale) // multiple * multiple) for side in image.size]

@@ -1,31 +1,6 @@
 """Cartoonizers: functions from a batch of photos to a batch of cartoons, (B, H, W, 3) uint8 RGB each."""
 
 
-def fit_photo(image, max_short_side: int = 720):
-    """(H, W, 3) uint8 -> the photo as the cartoonizer sees it, with sides that are multiples of 8.
-
-    As in White-box CartoonGAN's `resize_crop`: if the short side exceeds `max_short_side` it is scaled down
-    to it by area averaging, then rows at the bottom and columns at the right beyond the last multiple of 8
-    are cut off. Saving this image as the original keeps the pair aligned to the pixel.
-    """
-    import cv2
-
-    height, width = image.shape[:2]
-    new_width, new_height = fitted_size(width, height, max_short_side, multiple=1)
-    if (new_width, new_height) != (width, height):
-        image = cv2.resize(image, (new_width, new_height), interpolation=cv2.INTER_AREA)
-    return image[: new_height // 8 * 8, : new_width // 8 * 8]
-
-
-def fitted_size(width: int, height: int, max_short_side: int, multiple: int = 8) -> tuple[int, int]:
-    """(width, height) of the image that `fit_photo` returns; `multiple=1` gives the size before its crop."""
-    short = min(width, height)
-    if short > max_short_side:
-        # The long side is floored as the reference does with int(); integers keep 720 from becoming 719.
-        width, height = width * max_short_side // short, height * max_short_side // short
-    return width // multiple * multiple, height // multiple * multiple
-
-
 def opencv_cartoonize(images):
     """(B, H, W, 3) uint8 RGB -> the same shape: flat colours and dark outlines, by classical filtering.
 

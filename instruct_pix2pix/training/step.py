@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from instruct_pix2pix.errors import MemoryShortage
+from instruct_pix2pix.cli import MemoryShortage
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _one_pass(args, accelerator, training):
     if training.micro_batch_size < args.train_batch_size * args.gradient_accumulation_steps:
         half = None
     try:
-        from instruct_pix2pix.one_pass import OnePass  # needs Triton, as the compiler does
+        from instruct_pix2pix.training.one_pass import OnePass  # needs Triton, as the compiler does
 
         parts = (training.bare_unet, training.optimizer.optimizer, training.ema, args.max_grad_norm)
         one_pass = OnePass(*parts, half, accelerator.scaler)

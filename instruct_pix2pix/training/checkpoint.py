@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from instruct_pix2pix.errors import UserError
-from instruct_pix2pix.options import write_json
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.files import flush, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ def _write_folder(folder: Path, state: dict, unet, tensors: dict[str, dict[str, 
     files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     write_json(folder / "state.json", {**state, "files": files})
     for path in folder.rglob("*"):
-        _flush(path)
+        flush(path)
 
 
 def _put_in_place(output_dir: Path, name: str) -> None:
@@ -156,7 +156,7 @@ def _put_in_place(output_dir: Path, name: str) -> None:
         shutil.rmtree(replaced)
     else:
         os.replace(temporary, final)
-    _flush(output_dir)
+    flush(output_dir)
 
 
 def remove_partial(output_dir: Path) -> None:
@@ -212,12 +212,3 @@ def _restore_optimizer(optimizer, names: list[str], tensors: dict[str, torch.Ten
         state.setdefault(places[name], {})[key] = value
     # The groups stay the flags' of this run: a changed learning rate is meant.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _flush(path: Path) -> None:
-    """Make a file or folder survive a power cut before the rename that declares it whole."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,10 +16,6 @@ on the number of processes.
       parts/                                finished row groups of unfinished shards, gone at the end
 """
 
-import argparse
-import errno
-import hashlib
-import io
 import json
 import math
 import os
@@ -32,6 +28,10 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.files import file_sha256, for_others, unit_hash, write_bytes, write_json_lines
+from instruct_pix2pix.images import contact_sheet, encode_image, read_image
+
 SPLITS = ("train", "validation", "test")
 # A row group is what is held in memory and what is lost when a build is killed; a shard is one file.
 GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
@@ -39,33 +39,6 @@ SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 
 
 # Arrow's own allocator keeps what is freed, and memory would creep up from shard to shard. Read when it is imported.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
-
-
-class UserError(Exception):
-    """What the user can put right. The message reads `<flag or file>: <value, what is wrong>; <remedy>`."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Shows defaults in the help and answers a mistake with one line and exit code 2."""
-
-    def __init__(self, description: str):
-        super().__init__(
-            description=description,
-            formatter_class=type(
-                "Formatter",
-                (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter),
-                {},
-            ),
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, for use inside a one-line message."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:160]
 
 
 def add_dataset_flags(add) -> None:
@@ -80,54 +53,23 @@ def add_dataset_flags(add) -> None:
     # fmt: on
 
 
-def check_dataset_flags(parser: Parser, args) -> None:
+def check_dataset_flags(args) -> None:
     if args.rows_per_shard < 1:
-        parser.error(f"--rows_per_shard: {args.rows_per_shard} is too small; give 1 or more")
+        raise UserError(f"--rows_per_shard: {args.rows_per_shard} is too small; give 1 or more")
     for name in ("photos", "reds", "rain13k", "sidd", "lol", "raindrop"):
         if (folder := getattr(args, name, None)) and args.output_dir.resolve().is_relative_to(folder.resolve()):
-            parser.error(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
+            raise UserError(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
     fractions = args.validation_fraction, args.test_fraction
     if min(fractions) < 0 or sum(fractions) >= 1:
-        parser.error(
+        raise UserError(
             f"--validation_fraction: {fractions[0]} and --test_fraction {fractions[1]} leave no training; "
             "give two shares from 0 up that sum to less than 1"
-        )
-
-
-def run(parser: Parser, main) -> None:
-    """Call `main()`; a user's mistake, a full disk and an interrupt end in one line, not in a traceback."""
-    try:
-        main()
-    except UserError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: stopped; run the same command again to go on\n")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        where = error.filename or "--output_dir"
-        parser.exit(
-            1,
-            f"{parser.prog}: error: {where}: {os.strerror(error.errno)}; what is finished is kept: "
-            "make room and run the same command again\n",
         )
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number and how many there are, from what `accelerate launch` puts in the environment."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def unit_hash(*parts: object) -> float:
-    """A number in [0, 1) that depends on nothing but `parts`: the same on every machine, in any order."""
-    digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
-def for_others(argument) -> str:
-    """An argument as a dataset card shows it: of an absolute path (also in --flag=path) its last part only."""
-    flag, equals, value = str(argument).rpartition("=")
-    return flag + equals + (Path(value).name if os.path.isabs(value) else value)
 
 
 def split_of(image_hash: str, validation_fraction: float, test_fraction: float) -> str:
@@ -225,12 +167,11 @@ def build(args, settings: dict, features: dict, make_plan, make_rows, write_card
 
     checksums = {}
     for name in tqdm(shards, desc="checksums", unit=" files", leave=False):
-        with open(output_dir / "data" / name, "rb") as file:
-            checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        checksums[name] = file_sha256(output_dir / "data" / name)
     skipped_path = output_dir / "skipped.jsonl"
     skipped = [json.loads(line) for line in skipped_path.read_text().splitlines()]
-    write_atomically(output_dir / "preview.png", encode_png(preview(output_dir, shards, features)))
-    write_atomically(output_dir / "README.md", write_card(rows, skipped, checksums).encode())
+    write_bytes(output_dir / "preview.png", encode_image(preview(output_dir, shards, features), ".png"))
+    write_bytes(output_dir / "README.md", write_card(rows, skipped, checksums).encode())
     shutil.rmtree(output_dir / "parts", ignore_errors=True)
     counts = ", ".join(f"{sum(row.split == s for row in rows)} {s}" for s in SPLITS if any(r.split == s for r in rows))
     note = f"; {len(skipped)} left out, see {skipped_path}" if skipped else ""
@@ -250,8 +191,8 @@ def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row
             reason = f"{skipped[0]['source']}: {skipped[0]['reason']}" if skipped else "none was found"
             raise UserError(f"no image can be used ({reason}); give others")
         rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
-        write_lines(output_dir / "skipped.jsonl", skipped)
-        write_lines(path, chain([{"settings": settings}], map(asdict, rows)))
+        write_json_lines(output_dir / "skipped.jsonl", skipped)
+        write_json_lines(path, chain([{"settings": settings}], map(asdict, rows)))
         del rows, skipped  # the plan is what grows with the number of images: do not hold it twice
     with open(path) as file:
         found = json.loads(file.readline())["settings"]
@@ -360,33 +301,9 @@ def wait_for(output_dir: Path, shards: dict[str, list[Row]], missing: list[str])
             time.sleep(0.5 if missing else 0)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
-def write_lines(path: Path, records: Iterable[dict]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    os.replace(temporary, path)
-
-
-def encode_png(image) -> bytes:
-    """(H, W, 3) uint8 RGB -> PNG file. Level 1: within a few per cent of the slowest in size, and quick."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
-
-
 def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pairs: int = 12, side: int = 224):
-    """A contact sheet, (H, W, 3) uint8: rows of every task, input left, target right, instruction below."""
-    import numpy as np
+    """A contact sheet: rows of every task, input left, target right, instruction below."""
     import pyarrow.parquet as pq
-    from PIL import Image, ImageDraw, ImageOps
 
     by_task: dict[str, list[tuple[str, int]]] = {}
     for name, rows in shards.items():
@@ -399,23 +316,17 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pair
 
     first, second = (column for column, feature in features.items() if feature["_type"] == "Image")
     text = next(column for column, feature in features.items() if feature["_type"] != "Image")
-    width, height = 2 * side + 12, side + 30
-    sheet = Image.new("RGB", (2 * width, -(-len(chosen) // 2) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    for n, (name, i) in enumerate(chosen):
+    entries = []
+    for name, i in chosen:
         file = pq.ParquetFile(output_dir / "data" / name)
         group = 0
         while i >= file.metadata.row_group(group).num_rows:
             i -= file.metadata.row_group(group).num_rows
             group += 1
         row = file.read_row_group(group).slice(i, 1).to_pylist()[0]
-        x, y = (n % 2) * width, (n // 2) * height
-        for column, offset in ((first, 4), (second, side + 8)):
-            image = ImageOps.contain(Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB"), (side, side))
-            sheet.paste(image, (x + offset + (side - image.width) // 2, y + 4 + (side - image.height) // 2))
         caption = row[text] if isinstance(row[text], str) else f"{row[text][0]} (1 of {len(row[text])})"
-        draw.text((x + 6, y + side + 8), caption[:72], fill="black")
-    return np.asarray(sheet)
+        entries.append(([read_image(row[column]["bytes"]) for column in (first, second)], [caption]))
+    return contact_sheet(entries, cell=side, columns=2)
 
 
 def card(

@@ -1,44 +1,50 @@
 """From a pair of pictures of any size to a pair of aligned square crops: one decision per pair, applied to both.
 
-Pure functions of images and a random generator.
+Pure functions of images and a random generator. The command line reads this module for its names, so what is heavy is
+imported where it is used.
 """
 
-import cv2
-import numpy as np
-from PIL import Image, ImageOps
+from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+GEOMETRIES = ("resize_crop", "crop", "squash")
 # Two sizes whose aspect ratios differ by no more than this show the same picture, scaled.
 ASPECT_TOLERANCE = 0.02
+WHITEBOX_SHORT_SIDE = 720  # pixels, to which White-box CartoonGAN's script scales a larger photo's short side
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL image as 8-bit RGB, upright, transparency on white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit and float pictures: PIL's convert() clips at 255, scaling keeps the picture.
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535 if image.mode.startswith("I;16") or values.max() > 255 else 1 if values.max() <= 1 else 255
-        image = Image.fromarray(np.clip(values * (255 / top) + 0.5, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def crop_is_fixed(geometry: str, center_crop: bool) -> bool:
+    """Whether every epoch sees the same part of a picture."""
+    return center_crop or geometry == "squash"
 
 
-def whitebox_size(width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Sizes through which White-box CartoonGAN's script takes a photo, each (width, height).
+def whitebox_size(width: int, height: int, max_short_side: int = WHITEBOX_SHORT_SIDE):
+    """Sizes through which White-box CartoonGAN's script takes a photo: (width, height) once scaled, and once cut.
 
-    First the photo is scaled so that its short side is at most 720, then right and bottom are cut down to
+    First the photo is scaled so that its short side is at most `max_short_side`, then right and bottom are cut down to
     multiples of 8. The published cartoonization set pairs such cartoons with photos left as they were.
     """
-    if min(width, height) > 720:
-        if height > width:
-            width, height = 720, int(720 * height / width)
-        else:
-            width, height = int(720 * width / height), 720
+    short = min(width, height)
+    if short > max_short_side:
+        # The long side is floored, as the reference's int() does; integers keep 720 from becoming 719.
+        width, height = width * max_short_side // short, height * max_short_side // short
     return (width, height), (width // 8 * 8, height // 8 * 8)
+
+
+def fit_photo(photo: np.ndarray, max_short_side: int = WHITEBOX_SHORT_SIDE) -> np.ndarray:
+    """(H, W, 3) uint8 -> the photo as the cartoonizer sees it (its `resize_crop`): scaled by area averaging and cut to
+    multiples of 8 as `whitebox_size` says. With it as the original, a pair is aligned to the pixel."""
+    import cv2
+
+    scaled, (width, height) = whitebox_size(photo.shape[1], photo.shape[0], max_short_side)
+    if scaled != (photo.shape[1], photo.shape[0]):
+        photo = cv2.resize(photo, scaled, interpolation=cv2.INTER_AREA)
+    return photo[:height, :width]
 
 
 def alignment(original_size: tuple[int, int], edited_size: tuple[int, int]) -> str:
@@ -62,15 +68,14 @@ def alignment(original_size: tuple[int, int], edited_size: tuple[int, int]) -> s
 def align_original(original: Image.Image, edited_size: tuple[int, int]) -> Image.Image:
     """The original brought to the edited image's size. The edited image is the training target and is never
     resampled here. Raises ValueError as `alignment` does."""
+    import numpy as np
+    from PIL import Image
+
     kind = alignment(original.size, edited_size)
     if kind == "resized":
         return original.resize(edited_size, Image.Resampling.BICUBIC)
     if kind == "whitebox":
-        scaled, (width, height) = whitebox_size(*original.size)
-        pixels = np.asarray(original)
-        if scaled != original.size:
-            pixels = cv2.resize(pixels, scaled, interpolation=cv2.INTER_AREA)
-        return Image.fromarray(pixels[:height, :width])
+        return Image.fromarray(fit_photo(np.asarray(original)))
     return original
 
 
@@ -88,6 +93,9 @@ def crop_pair(
     resize_crop scales the short side to `resolution` and crops; crop cuts at native resolution and enlarges only
     a pair that is too small; squash ignores the aspect ratio. Place and mirroring are drawn once, for both.
     """
+    import numpy as np
+    from PIL import Image
+
     assert original.size == edited.size, "align_original comes first"
     # All three numbers are always drawn, so that one flag does not shift the others' draws.
     across, down, mirror = rng.random(3)

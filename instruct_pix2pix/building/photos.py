@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from records import UserError, first_line
+from instruct_pix2pix.cli import UserError, first_line
+from instruct_pix2pix.images import SUFFIXES, read_image, walk_images
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
-MAX_PIXELS = 100_000_000  # a file that claims more is taken for a decompression bomb
 SPLIT_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
@@ -27,61 +26,16 @@ class Photos(NamedTuple):
     digest: str  # changes when names or sizes change
 
 
-class BadImage(ValueError):
-    """An image that cannot be used; the message is the reason."""
-
-
 def decode_image(data: bytes):
-    """The file's picture as (H, W, 3) uint8 RGB, upright.
-
-    EXIF rotation is applied. Transparent pixels are laid on white. 16-bit and float greyscale are scaled to 8
-    bits. An animation gives its first frame. Raises BadImage for what is truncated, no image, or over
-    MAX_PIXELS.
-    """
+    """An encoded file's picture as (H, W, 3) uint8 RGB, upright: images.read_image, for numpy."""
     import numpy as np
-    from PIL import Image, ImageOps
 
-    Image.MAX_IMAGE_PIXELS = None  # our own check below names the size
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(f"{image.width}x{image.height} is more than {MAX_PIXELS // 1_000_000} million pixels")
-        image.load()
-        with contextlib.suppress(Exception):  # a broken EXIF block says nothing against the picture
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit greyscale; Pillow's own conversion would clip it to white
-            values = np.asarray(image).astype(np.float64)
-            image = Image.fromarray((np.clip(values, 0, 65535) / 257).round().astype(np.uint8))
-        elif image.mode == "F":
-            values = np.nan_to_num(np.asarray(image))
-            image = Image.fromarray((np.clip(values, 0, 1) * 255).round().astype(np.uint8))
-        if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.array(image.convert("RGB"))
-    except BadImage:
-        raise
-    except Exception as error:  # Pillow's decoders raise many kinds for broken files
-        raise BadImage(f"{type(error).__name__}: {error}"[:200]) from None
+    return np.array(read_image(data))
 
 
 def image_hash(image) -> str:
     """SHA-256 of the pixels and the size: the same for two files that hold the same picture."""
     return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
-
-
-def walk_images(root: Path) -> Iterator[str]:
-    """The image files under `root` at any depth, as paths within it. Not hidden or `__MACOSX` ones."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(folder)) in seen:  # a link that leads back
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
 
 
 def find_photos(root: Path, flag: str = "--photos") -> Photos:
@@ -95,7 +49,7 @@ def find_photos(root: Path, flag: str = "--photos") -> Photos:
         raise UserError(f"{flag}: {root}: no such folder; give a folder of images")
     names = sorted(walk_images(root))
     if not names:
-        raise UserError(f"{flag}: {root}: no image at any depth (looked for {' '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{flag}: {root}: no image at any depth (looked for {' '.join(sorted(SUFFIXES))})")
     splits = []
     for name in names:
         parts = name.split("/")

@@ -19,14 +19,17 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
-from instruct_pix2pix import checkpoint as checkpoints
-from instruct_pix2pix import components, hub, latent_cache, speed
-from instruct_pix2pix.dataset import TripleDataset, Triples, collate, load_triples
-from instruct_pix2pix.ema import EMA
-from instruct_pix2pix.errors import UserError
-from instruct_pix2pix.options import resolved, trackers
-from instruct_pix2pix.random_streams import window_positions
-from instruct_pix2pix.validation import load_validation_image
+from instruct_pix2pix import publishing as hub
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.data import latent_cache
+from instruct_pix2pix.data.order import window_positions
+from instruct_pix2pix.data.triples import TripleDataset, Triples, collate, load_triples
+from instruct_pix2pix.models import sd as components
+from instruct_pix2pix.training import checkpoint as checkpoints
+from instruct_pix2pix.training import step as speed
+from instruct_pix2pix.training.ema import EMA
+from instruct_pix2pix.training.options import resolved, trackers
+from instruct_pix2pix.training.validation import load_validation_image
 
 logger = logging.getLogger(__name__)
 

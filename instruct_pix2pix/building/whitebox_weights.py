@@ -14,7 +14,7 @@ import re
 import struct
 from pathlib import Path
 
-from records import UserError
+from instruct_pix2pix.cli import UserError
 
 HUB_REPOSITORY = "sayakpaul/whitebox-cartoonizer"
 

@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -29,13 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from instruct_pix2pix.checkpoint import _flush
-from instruct_pix2pix.components import PIXELS_PER_PASS, encode_text, tokenize
-from instruct_pix2pix.dataset import Triples, diffusion_draws, instructions_of, open_pair, to_unit_range
-from instruct_pix2pix.errors import RowError, UserError
-from instruct_pix2pix.geometry import crop_pair
-from instruct_pix2pix.options import crop_is_fixed, write_json
-from instruct_pix2pix.random_streams import SampleOrder, stream
+from instruct_pix2pix.cli import RowError, UserError
+from instruct_pix2pix.data.geometry import crop_is_fixed, crop_pair
+from instruct_pix2pix.data.order import SampleOrder, stream
+from instruct_pix2pix.data.triples import Triples, diffusion_draws, instructions_of, open_pair, to_unit_range
+from instruct_pix2pix.files import fingerprint, write_json, written_whole
+from instruct_pix2pix.models.sd import PIXELS_PER_PASS, encode_text, tokenize
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ SHARE_OF_DEVICE = 0.1  # a cache no larger than this share of a GPU's memory is 
 def settle(args, rows: int, samples: int) -> None:
     """Decide --cache_latents where it was left out: `samples` of `rows` pairs will be trained on."""
     if args.cache_latents is None:
-        worth_it = crop_is_fixed(args) and num_variants(args) * rows <= samples
+        worth_it = crop_is_fixed(args.image_geometry, args.center_crop) and num_variants(args) * rows <= samples
         args.cache_latents = args.cached_crops is not None or worth_it
 
 
@@ -159,7 +157,7 @@ def open_cache(args, accelerator, triples: Triples, tokenizer, text_encoder, vae
     found = [None, None]
     if main:
         made_of = _made_of(args, triples, instructions, ids, text_encoder, vae, accelerator)
-        folder = Path(args.cache_dir or args.output_dir) / f"latent-cache-{_hash(made_of)[:16]}"
+        folder = Path(args.cache_dir or args.output_dir) / f"latent-cache-{fingerprint(made_of)[:16]}"
         files = _files(folder, "moments", len(triples), ROWS_PER_FILE, shapes, vae.dtype)
         files |= _files(folder, "text", len(instructions), TEXTS_PER_FILE, text, text_encoder.dtype)
         found = [(folder, files), _prepare_folder(folder, made_of, files)]
@@ -206,9 +204,11 @@ def _made_of(args, triples, instructions, ids, text_encoder, vae, accelerator) -
     return {
         "layout": LAYOUT,
         "images": data.hexdigest(),
-        "instructions": _hash([instructions, ids.tolist()]),
+        "instructions": fingerprint([instructions, ids.tolist()]),
         "geometry": {**{name: getattr(args, name) for name in geometry}, "crops": args.cached_crops or 1},
-        "seed of the crops": None if crop_is_fixed(args) else [args.seed, _hash(triples.indices.tolist())],
+        "seed of the crops": None
+        if crop_is_fixed(args.image_geometry, args.center_crop)
+        else [args.seed, fingerprint(triples.indices.tolist())],
         "VAE": _hash_model(vae),
         "text encoder": _hash_model(text_encoder),
         "precision": str(vae.dtype).removeprefix("torch."),
@@ -220,10 +220,6 @@ def _image_bytes(cell: dict | None) -> bytes:
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
     except (OSError, TypeError):  # not there: the build will name the row
         return b""
-
-
-def _hash(content) -> str:
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _hash_model(model) -> str:
@@ -304,11 +300,9 @@ def _is_whole(path: Path, rows: range, shapes: dict[str, tuple], dtype: torch.dt
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        save_file(tensors, partial)
-        _flush(partial)
-        os.replace(partial, path)
+        with written_whole(path) as partial:
+            save_file(tensors, partial)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--cache_latents: {path} cannot be written ({error}); make room and start again") from error
 

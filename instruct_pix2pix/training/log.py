@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 import numpy as np
 from PIL import Image
 
-from instruct_pix2pix.options import resolved, trackers
+from instruct_pix2pix.training.options import resolved, trackers
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from instruct_pix2pix.ema import EMA
+from instruct_pix2pix.training.ema import EMA
 
 CHUNK = 1024  # numbers that one program of the kernel works on: a 16-byte load of halves for each of 128 threads
 ALIGNMENT = 16  # bytes, of every tensor's address: what the widest loads need

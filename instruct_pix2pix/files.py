@@ -1,0 +1,83 @@
+"""Files that are there whole or not at all, and fingerprints of what files hold."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+from instruct_pix2pix.cli import UserError
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike):
+    """Gives a temporary path beside `path`; what is written there takes `path`'s place when the block ends well."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield temporary
+        flush(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    with written_whole(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike, content: str) -> None:
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike, content) -> None:
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: str | os.PathLike, rows: Iterable) -> None:
+    with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def flush(path: str | os.PathLike) -> None:
+    """Make a file or folder survive a power cut before the rename that declares it whole."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(content) -> str:
+    """A hash of any JSON value, 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def unit_hash(*parts) -> float:
+    """A number in [0, 1) that depends on nothing but `parts`: the same on every machine, in any order."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def check_folder(flag: str, folder: str | os.PathLike) -> None:
+    """Raise UserError if files cannot be written into `folder`, which need not exist yet."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise UserError(f"{flag}: {existing} is a file; give a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}: {existing} is not writable; choose another folder")
+
+
+def for_others(argument) -> str:
+    """An argument as it is published: of a path of this machine (also in --flag=path) its last part only."""
+    flag, equals, value = str(argument).rpartition("=")
+    local = os.path.isabs(value) or (value and os.path.exists(value))
+    return flag + equals + (Path(value).resolve().name if local else value)

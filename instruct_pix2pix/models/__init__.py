@@ -1,0 +1,1 @@
+"""The models that are trained: loaded, widened, encoded with; a family a file."""
