@@ -16,8 +16,7 @@ from safetensors import SafetensorError
 
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import write_json
-from instruct_pix2pix.training import checkpoint as checkpoints
-from instruct_pix2pix.training.options import resolved
+from instruct_pix2pix.training.config import resolved
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,6 @@ def begin(args) -> None:
     """Make --output_dir, without what a killed run left half-written, and write down the configuration."""
     output_dir = Path(args.output_dir)
     with _writable(output_dir, "the configuration"):
-        checkpoints.remove_partial(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / CONFIG_FILE, resolved(args))
 

@@ -52,24 +52,51 @@ def test_merged_and_split_micro_batches_train_what_the_given_ones_do(small_run):
 
 def test_the_largest_micro_batch_that_fits_is_found_and_leaves_no_gradient():
     unet = torch.nn.Linear(3, 3)
-    optimizer = torch.optim.AdamW(unet.parameters())
-    training = types.SimpleNamespace(unet=unet, bare_unet=unet, micro_batch_size=0)
-    training.optimizer = types.SimpleNamespace(optimizer=optimizer)
-    training.drop_gradients = optimizer.zero_grad
-    tried = []
+    optimizer = types.SimpleNamespace(optimizer=torch.optim.AdamW(unet.parameters()))
+    config, accelerator = types.SimpleNamespace(max_grad_norm=1.0), Accelerator(cpu=True)
+    tried, made = [], []
 
-    def passes(accelerator, training, inputs, synchronise):
-        tried.append(training.micro_batch_size)
-        training.unet(inputs["noisy"]).sum().backward()
-        if training.micro_batch_size > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    class Greedy(speed.Update):
+        def forward_backward(self, inputs, synchronise):
+            assert not synchronise  # no process waits for another
+            tried.append(self.micro_batch_size)
+            self.model(inputs["noisy"]).sum().backward()
+            if self.micro_batch_size > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
 
-    find = partial(speed._largest_that_fits, accelerator=Accelerator(cpu=True), training=training, passes=passes)
-    inputs = {"noisy": torch.zeros(8, 3)}
-    assert find([8, 4, 2, 1], inputs=inputs) == 2 and tried == [8, 4, 2]
+    def make_inputs():
+        made.append(None)
+        return {"noisy": torch.zeros(8, 3)}
+
+    def find(sizes):
+        parts = (config, accelerator, unet, optimizer, None)
+        return speed.largest_that_fits(sizes, lambda size: Greedy(*parts, size), make_inputs)
+
+    assert find([8, 4, 2, 1]) == 2 and tried == [8, 4, 2]
+    assert len(made) == 3  # the encoders work in every trial, too
     assert all(p.grad is None for p in unet.parameters())
     with pytest.raises(torch.OutOfMemoryError):
-        find([8, 4], inputs=inputs)
+        find([8, 4])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_blank_window_makes_inputs_of_the_shapes_of_training(cached, small_run, monkeypatch):
+    from instruct_pix2pix.training import trainer
+
+    run_updates, compared = trainer.run_updates, []
+
+    def compare(run):
+        blank = run.make_inputs(run.make_inputs.blank_window(run.latent_side))
+        real = run.make_inputs(next(run.windows))
+        for name in real:
+            compared.append(name)
+            assert (blank[name].shape, blank[name].dtype) == (real[name].shape, real[name].dtype), name
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "run_updates", compare)
+    with pytest.raises(KeyboardInterrupt):
+        small_run(cached_crops=2 if cached else None)
+    assert compared == ["noisy", "timesteps", "text", "target", "weights"] and run_updates
 
 
 def test_micro_batches_that_make_no_sense(small_run):
@@ -83,15 +110,20 @@ def test_micro_batches_that_make_no_sense(small_run):
 
 
 @pytest.mark.slow
-def test_compiled_training_is_eager_training(small_run, monkeypatch, caplog):
+def test_compiled_training_is_uncompiled_training(small_run, monkeypatch, caplog):
     """Traced and differentiated by PyTorch's compiler under autocast, but for the C++ that takes minutes to build."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     flags = {"use_ema": True, "mixed_precision": "bf16", "max_train_steps": 2}
-    eager = small_run(name="eager", **flags)
+    plain = small_run(name="plain", **flags)
     compiled = small_run(name="compiled", compile=True, **flags)
     assert "going on without it" not in caplog.text
-    assert losses(compiled) == pytest.approx(losses(eager), abs=1e-3)
-    assert load_file(compiled / UNET).keys() == load_file(eager / UNET).keys()
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-3)
+    assert load_file(compiled / UNET).keys() == load_file(plain / UNET).keys()
+    # Both keep one and the same state: a run goes on with or without the compiler.
+    halved = small_run(
+        name="compiled", compile=False, resume_from_checkpoint="latest", **flags | {"max_train_steps": 4}
+    )
+    assert losses(halved) == pytest.approx(losses(small_run(name="whole", **flags | {"max_train_steps": 4})), abs=1e-3)
 
 
 def test_a_compiler_that_fails_is_one_line_and_training_goes_on(small_run, monkeypatch, caplog):
@@ -99,24 +131,56 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(small_run, monke
         raise RuntimeError("no C++ compiler found\nand much more")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    eager = small_run(name="eager")
+    plain = small_run(name="plain")
     fallen_back = small_run(name="compiled", compile=True)
-    assert_same_tensors(eager / UNET, fallen_back / UNET)
+    assert_same_tensors(plain / UNET, fallen_back / UNET)
     (warning,) = [record.getMessage() for record in caplog.records if "--compile" in record.getMessage()]
     assert "the compiler failed" in warning and "going on without it" in warning and "\n" not in warning
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("averaged", [False, True])
+def test_clipping_adamw_and_average_as_one_function_are_pytorchs_own(compiled, averaged):
+    """Against clip_grad_norm_, AdamW one tensor at a time, and a plain average, over several steps."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 4, 3, 3), (8,), (16, 8)]
+    theirs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    ours = [p.detach().clone() for p in theirs]
+    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, foreach=False)
+    steps, first, second = ([torch.zeros(()) for _ in ours], *([torch.zeros_like(p) for p in ours] for _ in range(2)))
+    averages = [p.clone() for p in ours] if averaged else []
+    expected = [p.detach().clone() for p in theirs]
+    function = torch.compile(speed.clip_step_average, backend="aot_eager") if compiled else speed.clip_step_average
+    for step in range(5):
+        gradients = [torch.randn(shape, generator=generator) * (10 if step % 2 else 0.01) for shape in shapes]
+        rate, share = torch.tensor(1e-2 / (step + 1)), torch.tensor(1.0 if step == 0 else 0.3)
+        settings = {"max_grad_norm": 1.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+        copies = [gradient.clone() for gradient in gradients]
+        norm = function(ours, copies, steps, first, second, averages, rate, share, **settings)
+        for p, gradient in zip(theirs, gradients, strict=True):
+            p.grad = gradient
+        expected_norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        reference.param_groups[0]["lr"] = rate.item()
+        reference.step()
+        for average, p in zip(expected, theirs, strict=True):
+            average.lerp_(p.detach(), share.item())
+        torch.testing.assert_close(norm, expected_norm)
+        torch.testing.assert_close(ours, [p.detach() for p in theirs], rtol=1e-6, atol=1e-7)
+        if averaged:
+            torch.testing.assert_close(averages, expected, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 @pytest.mark.parametrize("most", ["auto", 2])
-def test_the_cuda_graph_computes_what_eager_updates_do(precision, most, small_run, caplog):
+def test_compiled_updates_on_a_gpu_compute_what_uncompiled_ones_do(precision, most, small_run, caplog):
     caplog.set_level(logging.INFO)
     flags = {"use_ema": True, "mixed_precision": precision, "max_train_steps": 30, "max_micro_batch_size": most}
-    eager = small_run(name="eager", **flags)
-    graphed = small_run(name="graphed", compile=True, **flags)
+    plain = small_run(name="plain", **flags)
+    compiled = small_run(name="compiled", compile=True, **flags)
     assert "going on without" not in caplog.text
-    assert losses(graphed) == pytest.approx(losses(eager), abs=1e-3 if precision == "no" else 2e-2)
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-3 if precision == "no" else 2e-2)
 
 
 # ---- memory
@@ -136,9 +200,7 @@ def test_a_full_gpu_is_told_from_other_errors(error, is_it):
 
 
 def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run, monkeypatch, tmp_path):
-    from instruct_pix2pix.training import trainer
-
-    real, calls = trainer.forward_backward, []
+    real, calls = speed.Update.forward_backward, []
 
     def full_the_third_time(*arguments):
         calls.append(None)
@@ -146,7 +208,7 @@ def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(*arguments)
 
-    monkeypatch.setattr(trainer, "forward_backward", full_the_third_time)
+    monkeypatch.setattr(speed.Update, "forward_backward", full_the_third_time)
     with pytest.raises(UserError) as caught:
         small_run(use_ema=True, gradient_checkpointing=True)
     message = str(caught.value)
@@ -155,7 +217,7 @@ def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run
     assert "--gradient_checkpointing" not in message
     (kept,) = checkpoints.list_checkpoints(tmp_path / "run")
     assert kept.name == "checkpoint-2"
-    monkeypatch.setattr(trainer, "forward_backward", real)
+    monkeypatch.setattr(speed.Update, "forward_backward", real)
     flags = {"use_ema": True, "gradient_checkpointing": True}
     resumed = small_run(resume_from_checkpoint="latest", **flags)
     assert_same_tensors(resumed / UNET, small_run(name="whole", **flags) / UNET)
@@ -166,16 +228,15 @@ def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run
 
 def test_training_goes_on_while_a_checkpoint_is_written(small_run, monkeypatch):
     """The checkpoint of update 2 is held up until update 3 is done, and still holds update 2."""
-    from instruct_pix2pix.training import trainer
-
     flags = {"use_ema": True, "checkpointing_steps": 2}
     first = small_run(name="first", max_train_steps=2, **flags) / "checkpoint-2"
 
-    update, write, third_is_done = trainer.update, checkpoints._write, threading.Event()
+    update, write, third_is_done, calls = speed.Update.run, checkpoints._write, threading.Event(), []
 
     def noted_update(*arguments):
         result = update(*arguments)
-        if arguments[-1] == 3:
+        calls.append(None)
+        if len(calls) == 3:
             third_is_done.set()
         return result
 
@@ -183,7 +244,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(small_run, monkeypatch):
         assert third_is_done.wait(timeout=60)
         write(*arguments)
 
-    monkeypatch.setattr(trainer, "update", noted_update)
+    monkeypatch.setattr(speed.Update, "run", noted_update)
     monkeypatch.setattr(checkpoints, "_write", late_write)
     late = small_run(name="late", max_train_steps=3, **flags) / "checkpoint-2"
     for file in (UNET, "ema.safetensors", "optimizer.safetensors"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import DistributedType
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -245,6 +246,20 @@ def test_an_earlier_run_is_never_overwritten(small_run):
         small_run(name="other")
 
 
+def test_a_resumed_run_never_moves_into_the_folder_of_another(small_run):
+    """It would write over the other's pipeline, and the limit would remove the other's checkpoints or its own."""
+    first, other = small_run(name="first", checkpointing_steps=2), small_run(name="other", max_train_steps=6)
+    for folder, reason in (
+        (other, "holds checkpoint-6 of an earlier run"),
+        (other, "holds a trained pipeline already"),
+    ):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(UserError, match=f"--output_dir: .* {reason}"):
+            small_run(name="other", resume_from_checkpoint=first / "checkpoint-2", checkpoints_total_limit=1)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        shutil.rmtree(other / "checkpoint-6", ignore_errors=True)
+
+
 def test_files_that_are_not_a_runs_are_never_overwritten(small_run, no_weights, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("my notes")
@@ -293,19 +308,19 @@ def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs,
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
 def test_a_run_that_is_stopped_keeps_the_update_it_was_at(number, workers, small_run, monkeypatch, tmp_path):
     """The signal comes in the middle of the third update, to loader processes too, as a terminal and a cluster do."""
-    from instruct_pix2pix.training import trainer
+    from instruct_pix2pix.training.inputs import WindowEncoder
 
     flags = {"use_ema": True, "max_train_steps": 5, "dataloader_num_workers": workers}
-    prepare, calls = trainer.prepare, []
+    encode, calls = WindowEncoder._encode, []
 
     def noted(*arguments):
         calls.append(None)
         if len(calls) == 3:
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
                 process.send_signal(number)
-        return prepare(*arguments)
+        return encode(*arguments)
 
-    monkeypatch.setattr(trainer, "prepare", noted)
+    monkeypatch.setattr(WindowEncoder, "_encode", noted)
     before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         small_run(**flags)
@@ -320,14 +335,14 @@ def test_a_run_that_is_stopped_keeps_the_update_it_was_at(number, workers, small
 def test_what_nobody_foresaw_ends_with_its_traceback_and_leaves_no_process(base_models, pairs, tmp_path):
     code = """
 import sys
-from instruct_pix2pix.training import trainer
+from instruct_pix2pix.training.step import Update
 import finetune_instruct_pix2pix
 from instruct_pix2pix.cli import run
 
-def update(*_):
+def broken(*_):
     raise RuntimeError("a kernel that does not work")
 
-trainer.update = update
+Update.run = broken
 run(finetune_instruct_pix2pix.main, sys.argv[1:])
 """
     flags = {
@@ -346,16 +361,118 @@ run(finetune_instruct_pix2pix.main, sys.argv[1:])
 
 
 def test_a_second_signal_does_not_wait():
-    from instruct_pix2pix.training.trainer import Stop
+    from instruct_pix2pix.training.stopping import StopRequest
 
-    stop = Stop()
-    try:
+    with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
-        assert stop.asked
+        assert stop.noted
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
-    finally:
-        stop.forget()
+
+
+# ---- numbers that are none
+
+DIVERGING = {
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_train_steps": 40,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 1,
+}
+
+
+@pytest.fixture
+def loss_goes_wrong(monkeypatch):
+    """`loss_goes_wrong({3, 4})`: the losses of these updates of a run are no numbers."""
+    from instruct_pix2pix.training import step
+
+    def choose(updates: set[int]) -> None:
+        real, calls = step.diffusion_loss, []
+
+        def loss(*arguments):
+            calls.append(None)
+            return real(*arguments) * (float("nan") if len(calls) in updates else 1.0)
+
+        monkeypatch.setattr(step, "diffusion_loss", loss)
+
+    return choose
+
+
+def test_training_that_diverges_stops_and_keeps_the_last_sound_checkpoint(small_run, loss_goes_wrong, tmp_path, capsys):
+    from instruct_pix2pix.cli import run
+
+    loss_goes_wrong({3})  # the weights are no numbers from then on, and so are all further losses
+    with pytest.raises(SystemExit) as caught:
+        run(lambda argv: small_run(**DIVERGING))
+    assert caught.value.code == 1
+    message = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(message) == 1 and "row of update 3" in message[0]
+    assert re.search(r"rows \d+, timesteps \d+", message[0])
+    (kept,) = checkpoints.list_checkpoints(tmp_path / "run")
+    assert kept.name == "checkpoint-2"
+    assert all(tensor.isfinite().all() for tensor in load_file(kept / UNET).values())
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    assert len(losses(tmp_path / "run")) < 10
+
+
+def test_a_run_whose_last_update_is_not_finite_exports_nothing(small_run, loss_goes_wrong, tmp_path):
+    loss_goes_wrong({4})
+    with pytest.raises(UserError, match="a row of update 4, makes training diverge"):
+        small_run(**DIVERGING | {"max_train_steps": 4})
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-3"]
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_the_rows_and_timesteps_named_are_those_that_were_trained_on(small_run, monkeypatch):
+    from instruct_pix2pix.data.triples import TripleDataset
+    from instruct_pix2pix.training import trainer
+
+    seen, described = [], {}
+    sample, finish = TripleDataset.__getitem__, trainer.finish
+
+    def noted(self, position):
+        found = sample(self, position)
+        _, index = self.order.locate(position)
+        seen.append((int(self.triples.indices[index]), found["timestep"]))
+        return found
+
+    def describe(run, summary):
+        described.update({step: run.describe_update(step) for step in (1, 4)})
+        finish(run, summary)
+
+    monkeypatch.setattr(TripleDataset, "__getitem__", noted)
+    monkeypatch.setattr(trainer, "finish", describe)
+    small_run()
+    for step, text in described.items():
+        rows, times = zip(*seen[4 * (step - 1) : 4 * step], strict=True)
+        assert text == f"rows {' '.join(map(str, rows))}, timesteps {' '.join(map(str, times))}"
+
+
+def test_a_skipped_update_of_a_loss_scale_is_no_divergence(tmp_path):
+    from types import SimpleNamespace
+
+    from instruct_pix2pix.training.log import Diverged, Log
+
+    def watched(entries, scaler):
+        config = SimpleNamespace(learning_rate=1.0, max_train_steps=100)
+        accelerator = SimpleNamespace(scaler=scaler)
+        log = SimpleNamespace(
+            not_finite=[],
+            run=SimpleNamespace(
+                config=config, accelerator=accelerator, describe_update=lambda step: "rows 1, timesteps 2"
+            ),
+        )
+        Log._watch(log, [{"step": i, "loss": a, "grad_norm": b} for i, (a, b) in enumerate(entries, start=1)])
+        return log.not_finite
+
+    inf, nan = float("inf"), float("nan")
+    skipped = [(0.1, inf)] * 5
+    assert watched(skipped, scaler="a loss scale") == []
+    with pytest.raises(Diverged):
+        watched(skipped, scaler=None)
+    with pytest.raises(Diverged):
+        watched([(nan, inf)] * 3, scaler="a loss scale")
+    assert watched([(nan, 1.0), (0.1, 1.0), (nan, 1.0)], scaler=None) == [3]
 
 
 # ---- validation and tracking
@@ -405,12 +522,12 @@ def test_an_unreachable_validation_address_is_warned_of_and_training_goes_on(sma
 
 
 def test_a_validation_that_needs_too_much_memory_is_left_out(small_run, monkeypatch, caplog):
-    from instruct_pix2pix.training import trainer
+    from instruct_pix2pix.training import validation
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer, "validate", full)
+    monkeypatch.setattr(validation, "show_edits", full)
     photo = ROOT / "assets/photos/test/sea6.webp"
     output_dir = small_run(val_image_url=photo, validation_prompt="blur it", validation_steps=2)
     assert (output_dir / "model_index.json").exists() and len(losses(output_dir)) == 4
@@ -476,12 +593,11 @@ def test_two_processes_train_what_one_does(base_models, pairs, small_run, tmp_pa
         "use_ema": True,
         "conditioning_dropout_prob": 0.2,
     }
-    # accelerate launch starts several CPU processes only over MPI; torchrun sets up the same environment.
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes=2"]
     done = subprocess.run(
         [*launcher, ROOT / "train_instruct_pix2pix.py", *to_argv(flags)],
         cwd=ROOT,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=200,
@@ -495,6 +611,7 @@ def test_two_processes_train_what_one_does(base_models, pairs, small_run, tmp_pa
     for name in single:
         torch.testing.assert_close(single[name], double[name], rtol=1e-3, atol=2e-4)
     assert (tmp_path / "two" / "checkpoint-2" / "state.json").exists()
+    assert "2 process(es) on cpu" in done.stderr
 
 
 def test_workers_do_not_change_what_is_trained(small_run):
@@ -591,10 +708,21 @@ def test_models_of_another_family_are_named(small_run, base_models, no_weights, 
 
 
 def test_sharded_training_is_refused(small_run, no_weights, monkeypatch):
-    from accelerate import Accelerator, DistributedType
+    from accelerate import Accelerator
 
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(UserError, match="distributed type FSDP is not supported"):
+        small_run()
+
+
+def test_processes_that_do_not_join_are_refused(small_run, no_weights, monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(Accelerator, "__init__", lambda self, **_: None)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.NO)
+    monkeypatch.setattr(Accelerator, "num_processes", 1)
+    with pytest.raises(UserError, match="WORLD_SIZE: 2 processes were started, but accelerate joins 1"):
         small_run()
 
 
@@ -629,6 +757,37 @@ def test_dry_run_prints_the_resolved_configuration_and_loads_nothing(small_run, 
     assert printed["updates"] == 8 and printed["images_per_update"] == 4 and printed["dataset"]["rows"] == 10
     assert printed["flags"]["conditioning_dropout_prob"] == 0.05 and printed["flags"]["max_train_steps"] == 8
     assert not (tmp_path / "run").exists()
+
+
+def test_instructions_that_the_text_encoder_cuts_are_counted_once(small_run, pairs, tmp_path, capsys, caplog):
+    folder = copy_tree(pairs, tmp_path / "wordy")
+    (folder / "instructions.txt").write_text("blur it\n" + "make the image very blurry " * 20 + "\n")
+    small_run(train_data_dir=folder, dry_run=True)
+    assert json.loads(capsys.readouterr().out)["dataset"]["instructions_cut"] == 1
+    assert caplog.text.count("1 instruction(s) are cut: the text encoder reads 77 tokens") == 1
+    small_run(dry_run=True)
+    assert json.loads(capsys.readouterr().out)["dataset"]["instructions_cut"] == 0
+
+
+def test_a_warm_up_that_eats_the_run_is_said(small_run, caplog):
+    small_run(dry_run=True, lr_scheduler="constant")
+    assert "warm-up" not in caplog.text
+    small_run(dry_run=True, lr_scheduler="cosine")
+    assert "--lr_warmup_steps: 4 of the 4 updates are warm-up" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "rates"),
+    [
+        # Two cosines from 1 to 0, and (1 - progress) ** 2.
+        ({"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2}, [1.0, 0.5, 1.0, 0.5]),
+        ({"lr_scheduler": "polynomial", "lr_power": 2.0}, [1.0, 0.5625, 0.25, 0.0625]),
+    ],
+)
+def test_schedules_restart_and_bend_as_their_flags_say(flags, rates, small_run):
+    output_dir = small_run(learning_rate=1e-3, lr_warmup_steps=0, **flags)
+    log = (output_dir / "training_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learning_rate"] / 1e-3 for line in log] == pytest.approx(rates, abs=1e-3)
 
 
 def test_scale_lr_multiplies_once(small_run, capsys):

@@ -43,11 +43,11 @@ TEXTS_PER_FILE = 512
 SHARE_OF_DEVICE = 0.1  # a cache no larger than this share of a GPU's memory is kept there
 
 
-def settle(args, rows: int, samples: int) -> None:
-    """Decide --cache_latents where it was left out: `samples` of `rows` pairs will be trained on."""
-    if args.cache_latents is None:
-        worth_it = crop_is_fixed(args.image_geometry, args.center_crop) and num_variants(args) * rows <= samples
-        args.cache_latents = args.cached_crops is not None or worth_it
+def is_worth_it(args, rows: int, samples: int) -> bool:
+    """Whether to cache where --cache_latents was left out: `samples` of `rows` pairs will be trained on."""
+    if args.cached_crops is not None:
+        return True
+    return crop_is_fixed(args.image_geometry, args.center_crop) and num_variants(args) * rows <= samples
 
 
 def num_variants(args) -> int:
@@ -156,11 +156,11 @@ def open_cache(args, accelerator, triples: Triples, tokenizer, text_encoder, vae
 
     found = [None, None]
     if main:
-        made_of = _made_of(args, triples, instructions, ids, text_encoder, vae, accelerator)
-        folder = Path(args.cache_dir or args.output_dir) / f"latent-cache-{fingerprint(made_of)[:16]}"
+        content = _describe_content(args, triples, instructions, ids, text_encoder, vae, accelerator)
+        folder = Path(args.cache_dir or args.output_dir) / f"latent-cache-{fingerprint(content)[:16]}"
         files = _files(folder, "moments", len(triples), ROWS_PER_FILE, shapes, vae.dtype)
         files |= _files(folder, "text", len(instructions), TEXTS_PER_FILE, text, text_encoder.dtype)
-        found = [(folder, files), _prepare_folder(folder, made_of, files)]
+        found = [(folder, files), _prepare_folder(folder, content, files)]
     broadcast_object_list(found)
     if isinstance(found[1], UserError):
         raise found[1]
@@ -192,7 +192,7 @@ def _list_instructions(triples: Triples) -> tuple[list[str], list[list[int]]]:
     return list(places), wordings
 
 
-def _made_of(args, triples, instructions, ids, text_encoder, vae, accelerator) -> dict:
+def _describe_content(args, triples, instructions, ids, text_encoder, vae, accelerator) -> dict:
     """Everything the cache's numbers depend on, in a few hashes and plain values."""
     data = hashlib.blake2b(digest_size=16)
     bar = {"desc": "Fingerprinting pairs", "unit": "pair", "disable": not accelerator.is_local_main_process}
@@ -246,11 +246,11 @@ def _files(folder: Path, kind: str, count: int, per_file: int, shapes: dict[str,
     }
 
 
-def _prepare_folder(folder: Path, made_of: dict, files: dict[Path, dict]) -> list[Path] | UserError:
+def _prepare_folder(folder: Path, content: dict, files: dict[Path, dict]) -> list[Path] | UserError:
     """Make the folder and list the files still to build. A UserError is returned, to reach every process."""
     manifest = folder / "cache.json"
     if folder.is_dir() and any(folder.iterdir()):
-        if _read_manifest(folder) != made_of:
+        if _read_manifest(folder) != content:
             return UserError(f"--cache_latents: {folder} is not the cache its name says; move or delete it")
     missing = [path for path in files if not _is_whole(path, **files[path])]
     if not missing:
@@ -269,11 +269,11 @@ def _prepare_folder(folder: Path, made_of: dict, files: dict[Path, dict]) -> lis
         for other in sorted(place.glob("latent-cache-*")):
             theirs = _read_manifest(other)
             if other != folder and theirs:
-                changed = ", ".join(key for key in made_of if theirs.get(key) != made_of[key])
+                changed = ", ".join(key for key in content if theirs.get(key) != content[key])
                 logger.info("%s was made with other %s: not used here", other.name, changed)
         logger.info("building %s: %s%s", folder.name, size, "" if len(missing) == len(files) else " (going on with it)")
         folder.mkdir(exist_ok=True)
-        write_json(manifest, made_of)
+        write_json(manifest, content)
     except OSError as error:
         return UserError(f"--cache_latents: {folder} cannot be made ({error}); name another --cache_dir")
     return missing

@@ -59,11 +59,17 @@ class Triples:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def distinct_instructions(self, most: int = ROWS_CHECKED) -> list[str]:
+        """The instructions of at most `most` rows, evenly chosen, each once."""
+        chosen = self.indices[np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)]
+        column = self.rows.select_columns([self.edit_prompt])
+        return list(dict.fromkeys(text for i in chosen for text in instructions_of(column[int(i)], self, int(i))))
+
     def first_instruction(self) -> str:
         return instructions_of(self.rows[int(self.indices[0])], self, int(self.indices[0]))[0]
 
 
-def load_triples(args, show_progress: bool = True) -> Triples:
+def load_triples(args, seed: int, show_progress: bool = True) -> Triples:
     """Find the rows and the columns, and check sizes and instructions. Raises UserError naming flag, row and column."""
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
     name = args.dataset_name or args.train_data_dir
@@ -78,7 +84,7 @@ def load_triples(args, show_progress: bool = True) -> Triples:
 
     indices = np.arange(len(rows))
     if args.max_train_samples is not None and args.max_train_samples < len(rows):
-        indices = np.sort(stream(args.seed, "subset").permutation(len(rows))[: args.max_train_samples])
+        indices = np.sort(stream(seed, "subset").permutation(len(rows))[: args.max_train_samples])
     triples = Triples(rows, indices, **columns, source=source)
     _check_rows(triples, show_progress)
     return triples

@@ -57,7 +57,7 @@ def read_base_configs(args) -> dict[str, dict]:
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
     configs = {}
     for folder, cls in classes.items():
-        revision = args.non_ema_revision if folder == "unet" else args.revision
+        revision = (args.non_ema_revision or args.revision) if folder == "unet" else args.revision
         with _explained(name, folder):
             configs[folder] = dict(
                 cls.load_config(
@@ -177,19 +177,24 @@ def load_unet(args, checkpoint: Path | None) -> UNet2DConditionModel:
         return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
     with _explained(name, "unet"):
         unet = UNet2DConditionModel.from_pretrained(
-            name, subfolder="unet", dtype=torch.float32, **_where(args, args.non_ema_revision)
+            name, subfolder="unet", dtype=torch.float32, **_where(args, args.non_ema_revision or args.revision)
         )
     if unet.config.in_channels == 4:
         widen_conv_in(unet)
     return unet
 
 
+def load_tokenizer(args) -> CLIPTokenizer:
+    name, where = args.pretrained_model_name_or_path, _where(args, args.revision)
+    del where["variant"]
+    with _explained(name, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **where)
+
+
 def load_frozen(args) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
     """Tokenizer, text encoder and VAE in float32, frozen, on the CPU."""
     name, where = args.pretrained_model_name_or_path, _where(args, args.revision)
-    without_variant = {key: value for key, value in where.items() if key != "variant"}
-    with _explained(name, "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **without_variant)
+    tokenizer = load_tokenizer(args)
     with _explained(name, "text_encoder"):
         text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32, **where)
     with _explained(name, "vae"):
@@ -259,6 +264,11 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
+
+
+def tokenize_whole(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
+    """Texts to ids as they are, neither padded nor cut, the start and end tokens included."""
+    return tokenizer(texts, verbose=False).input_ids
 
 
 def build_pipeline(configs: dict, tokenizer, text_encoder, vae, unet) -> StableDiffusionInstructPix2PixPipeline:

@@ -23,6 +23,9 @@ class EMA:
         device = torch.device("cpu") if offload else None
         self.shadow = [p.detach().to(device=device or p.device, dtype=torch.float32, copy=True) for p in self.live]
 
+    def before_step(self) -> None:
+        pass
+
     @torch.no_grad()
     def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * live."""

@@ -5,10 +5,9 @@ Imports nothing heavy, so that `--help` and a wrong flag answer at once.
 
 import argparse
 import math
-import secrets
 from pathlib import Path
 
-from instruct_pix2pix.cli import Parser, UserError
+from instruct_pix2pix.cli import Parser, UserError, guidance
 from instruct_pix2pix.data.geometry import GEOMETRIES, crop_is_fixed
 from instruct_pix2pix.images import is_url
 
@@ -133,7 +132,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--scale_lr", action="store_true", help="Multiply it by processes x accumulation x batch size.")
     add("--lr_scheduler", default="constant", help=f"Learning rate schedule: {', '.join(LR_SCHEDULERS)}.")
     add("--lr_warmup_steps", type=int, default=500, help="Warm-up updates, for the schedules that have one.")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes, CUDA).")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of the cosine_with_restarts schedule, plus one.")
+    add("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule; 1 is linear.")
+    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes).")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1.")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2.")
     add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay.")
@@ -162,9 +163,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="Compile the UNet (torch.compile, a minute or more at the start), use channels_last on a GPU, and on a"
-        " single GPU clip, step and average in one pass and record the whole update as a CUDA graph. Same numbers to"
-        " rounding.",
+        help="Compile the UNet, and clipping, AdamW and the average as one function (torch.compile, a minute or more at"
+        " the start), and use channels_last on a GPU. Same numbers to rounding.",
     )
     add("--local_rank", type=int, default=-1, help="Set by launchers; accelerate reads its own environment.")
 
@@ -184,6 +184,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--num_validation_images", type=int, default=4, help="Edits per validation.")
     add("--validation_epochs", type=int, default=1, help="Validate every so many epochs.")
     add("--validation_steps", type=int, help="Validate every so many updates instead.")
+    add(
+        "--guidance_scale",
+        type=guidance,
+        default=7.0,
+        help="How closely validation follows the instruction, also recommended by the model card. Both scales at 1: no"
+        " guidance, which suits tasks with one right answer.",
+    )
+    add("--image_guidance_scale", type=guidance, default=1.5, help="How closely it keeps to the image, likewise.")
 
     tracking = parser.add_argument_group("tracking and publishing")
     add = tracking.add_argument
@@ -205,11 +213,6 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     """Parse and check. Raises UserError, naming the flag, its value and the remedy."""
     args = build_parser(description).parse_args(argv)
     check(args)
-    if args.non_ema_revision is None:
-        args.non_ema_revision = args.revision
-    args.seed_was_given = args.seed is not None
-    if args.seed is None:
-        args.seed = secrets.randbelow(2**31)
     return args
 
 
@@ -232,6 +235,7 @@ def check(args: argparse.Namespace) -> None:
         "validation_steps",
         "cached_crops",
         "max_micro_batch_size",
+        "lr_num_cycles",
     ]
     for name in at_least_one:
         value = getattr(args, name)
@@ -241,7 +245,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 0:
             raise UserError(f"--{name}: {value} is negative; give 0 or more")
-    for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma"):
+    for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma", "lr_power"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name}: {value} is out of range; give a number above 0")
@@ -286,9 +290,3 @@ def trackers(args: argparse.Namespace) -> list[str]:
     if "all" in names:
         names = list(TRACKERS)
     return [name for name in names if name != "none"]
-
-
-def resolved(args: argparse.Namespace) -> dict:
-    """The flags as they are written down and tracked: everything but the token."""
-    hidden = {"hub_token", "seed_was_given", "local_rank", "dry_run"}
-    return {name: value for name, value in sorted(vars(args).items()) if name not in hidden}

@@ -1,229 +1,220 @@
-"""How an update is run: in which micro-batches, compiled, with its optimizer in one pass, as a CUDA graph.
+"""Ways of running an update: predict, loss, backward, clip, AdamW, average. One is chosen before the first update.
 
-Nothing here changes what is computed, but for rounding. What a machine cannot do is said in one line and left out.
+All have `run(inputs, learning_rate) -> (loss, gradient norm)` and compute the same but for rounding. `inputs` are those
+of inputs.WindowEncoder.
 """
 
-import gc
+import contextlib
 import logging
 import warnings
 
 import torch
 
-from instruct_pix2pix.cli import MemoryShortage
+from instruct_pix2pix.cli import MemoryShortage, first_line
+from instruct_pix2pix.training.loss import diffusion_loss
 
 logger = logging.getLogger(__name__)
 
-ROOM_BESIDE = 0.1  # of a GPU's memory, left free by a micro-batch that fits: for live encoders, validation, fragments
-WARM_UP_PASSES = 3  # before a CUDA graph is recorded: PyTorch's manual, "CUDA Graphs", asks for a few on a side stream
+ROOM_BESIDE = 0.1  # of a GPU's memory, left free by a micro-batch that fits: for validation and fragments
 
 
-def micro_batch_sizes(args) -> list[int]:
-    """Images a forward pass may have, the largest first: they divide what a process does in an update."""
-    window = args.train_batch_size * args.gradient_accumulation_steps
-    if args.max_micro_batch_size is None:
-        return [args.train_batch_size]
-    divisors = [size for size in range(window, 0, -1) if window % size == 0]
-    if args.max_micro_batch_size == "auto":
-        return divisors
-    return [size for size in divisors if size <= args.max_micro_batch_size][:1]
+class Update:
+    """An update as accelerate and PyTorch's fused AdamW run it."""
+
+    def __init__(self, config, accelerator, model, optimizer, ema, micro_batch_size: int):
+        """`model` is the UNet as accelerate prepared it, `optimizer` over its parameters likewise, `ema` an EMA or
+        None; `micro_batch_size` samples go through in one forward pass."""
+        self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
+        self.micro_batch_size, self.max_grad_norm = micro_batch_size, config.max_grad_norm
+        self.parameters = list(model.parameters())
+
+    def run(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """One update; returns the window's mean loss and the gradient's norm before clipping, left on the device."""
+        loss = self.forward_backward(inputs)
+        norm = self.clip_and_step(learning_rate)
+        self.drop_gradients()
+        return loss, norm
+
+    def forward_backward(self, inputs: dict[str, torch.Tensor], synchronise: bool = True) -> torch.Tensor:
+        """Predict, compare, and add up gradients, one micro-batch after another; returns the window's mean loss.
+
+        Processes exchange gradients in the last backward pass, unless `synchronise` is off.
+        """
+        micro_batches = list(zip(*(tensor.split(self.micro_batch_size) for tensor in inputs.values()), strict=True))
+        window_loss = torch.zeros((), device=self.accelerator.device)
+        for number, (noisy, timesteps, text, target, weights) in enumerate(micro_batches, start=1):
+            exchange = synchronise and number == len(micro_batches)
+            with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model):
+                prediction = self.model(noisy, timesteps, text, return_dict=False)[0]
+                loss = diffusion_loss(prediction, target, weights) / len(micro_batches)
+                self.accelerator.backward(loss)
+            window_loss += loss.detach()
+        return window_loss
+
+    def clip_and_step(self, learning_rate: float) -> torch.Tensor:
+        """Clip to --max_grad_norm, step, move the average; returns the norm before clipping."""
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        inner = self.optimizer.optimizer
+        if isinstance(inner, torch.optim.AdamW):
+            # Fused AdamW divides by `grad_scale` while it reads the gradients, which saves a pass over them.
+            inner.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.ema is not None:
+            self.ema.before_step()
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update()
+        return norm
+
+    def drop_gradients(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def rehearse(self, inputs: dict[str, torch.Tensor], reserve: int = 0) -> None:
+        """Run the passes for nothing, beside `reserve` bytes. Processes exchange nothing: none waits."""
+        held = torch.empty(reserve, dtype=torch.uint8, device=self.accelerator.device)
+        try:
+            self.forward_backward(inputs, synchronise=False)
+        finally:
+            del held
+            self.drop_gradients()
 
 
-def settle(args, accelerator, plan, training, passes) -> None:
-    """Before the first update: choose the micro-batch, compile, record the CUDA graph, as far as asked for.
+class CompiledUpdate(Update):
+    """The same under torch.compile: the UNet, and clipping, AdamW and average as one function for it to fuse."""
 
-    `passes(accelerator, training, inputs)` runs the forward and backward passes of an update. It is tried on inputs of
-    zeros; the gradients of that are thrown away.
+    def __init__(self, config, accelerator, model, optimizer, ema, micro_batch_size: int):
+        super().__init__(config, accelerator, model, optimizer, ema, micro_batch_size)
+        self.model = torch.compile(model)
+        self.fused = None
+        inner = optimizer.optimizer
+        if isinstance(inner, torch.optim.AdamW) and accelerator.scaler is None and not config.offload_ema:
+            (group,) = inner.param_groups
+            self.constants = {name: group[name] for name in ("betas", "eps", "weight_decay")}
+            self.fused = torch.compile(clip_step_average)
+            self.learning_rate, self.lerp_weight = (torch.zeros((), device=accelerator.device) for _ in range(2))
+
+    def clip_and_step(self, learning_rate: float) -> torch.Tensor:
+        if self.fused is None:
+            return super().clip_and_step(learning_rate)
+        # As tensors: a number that changes would be compiled anew in every update.
+        self.learning_rate.fill_(learning_rate)
+        if self.ema is not None:
+            self.lerp_weight.fill_(self.ema.advance())
+        return self.fused(
+            self.parameters,
+            [p.grad for p in self.parameters],
+            *_moments(self.optimizer.optimizer, self.parameters),
+            self.ema.shadow if self.ema is not None else [],
+            self.learning_rate,
+            self.lerp_weight,
+            max_grad_norm=self.max_grad_norm,
+            **self.constants,
+        )
+
+
+def _moments(optimizer: torch.optim.AdamW, parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Steps, first and second moments of AdamW's own state, begun as AdamW would begin them."""
+    for p in parameters:
+        if not optimizer.state[p]:
+            step = torch.zeros((), device=p.device)
+            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+    return [[optimizer.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")]
+
+
+@torch.no_grad()
+def clip_step_average(
+    weights,
+    gradients,
+    steps,
+    first,
+    second,
+    averages,
+    learning_rate,
+    lerp_weight,
+    *,
+    max_grad_norm,
+    betas,
+    eps,
+    weight_decay,
+):
+    """Clip, AdamW (Loshchilov and Hutter 2019, algorithm 2) in PyTorch's order of operations, exponential average.
+
+    Lists of float32 tensors, one per parameter, changed in place; `averages` may be empty. `learning_rate` and
+    `lerp_weight` are scalar tensors, the latter the share of the new weights in the average. Returns the norm before
+    clipping.
     """
-    sizes, on_gpu = micro_batch_sizes(args), accelerator.device.type == "cuda"
-    fit = on_gpu and len(sizes) > 1
-    if not (fit or args.compile):
-        return
-    inputs = _blank_inputs(args, plan, training)
-    if fit:
-        training.micro_batch_size = _largest_that_fits(sizes, accelerator, training, passes, inputs)
-        logger.info("--max_micro_batch_size auto: %d images in a forward pass", training.micro_batch_size)
-    if not args.compile:
-        return
-    logger.info("compiling the UNet%s", "" if on_gpu else ": on a CPU that takes minutes and gains nothing")
-    if on_gpu and training.unet is training.bare_unet:  # not wrapped to exchange gradients
-        training.one_pass = _one_pass(args, accelerator, training)
-    training.predict = torch.compile(training.eager)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    gradients = torch._foreach_div(gradients, ((norm + 1e-6) / max_grad_norm).clamp(min=1.0))
+    torch._foreach_add_(steps, 1)
+    torch._foreach_mul_(weights, 1 - learning_rate * weight_decay)
+    torch._foreach_lerp_(first, gradients, 1 - betas[0])
+    torch._foreach_mul_(second, betas[1])
+    torch._foreach_addcmul_(second, gradients, gradients, 1 - betas[1])
+    denominators = torch._foreach_sqrt(second)
+    torch._foreach_div_(denominators, (1 - betas[1] ** steps[0]).sqrt())
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_div_(denominators, -learning_rate / (1 - betas[0] ** steps[0]))
+    torch._foreach_addcdiv_(weights, first, denominators)
+    for average, weight in zip(averages, weights, strict=False):
+        average.lerp_(weight, lerp_weight)
+    return norm
+
+
+# ---- choosing
+
+
+def choose_update(config, accelerator, model, optimizer, ema, make_inputs) -> Update:
+    """The way of running updates that the flags ask for and the machine can do.
+
+    `make_inputs()` gives the inputs of a blank window, made the way that training makes them, so that what the encoders
+    need is tried too. What a machine cannot do is said in one line and left out.
+    """
+    sizes, parts = micro_batch_sizes(config), (config, accelerator, model, optimizer, ema)
+    size = sizes[0]
+    if accelerator.device.type == "cuda" and len(sizes) > 1:
+        size = largest_that_fits(sizes, lambda size: Update(*parts, size), make_inputs)
+        logger.info("--max_micro_batch_size auto: %d images in a forward pass", size)
+    if not config.compile:
+        return Update(*parts, size)
+    on_cpu = accelerator.device.type == "cpu"
+    logger.info("compiling the UNet%s", ": on a CPU that takes minutes and gains nothing" if on_cpu else "")
     try:
+        compiled = CompiledUpdate(*parts, size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks about the libraries' code
-            _try_passes(accelerator, training, passes, inputs)
+            compiled.rehearse(make_inputs())
+        return compiled
     except Exception as error:  # a compiler that is missing or fails raises something of its own at every stage
         if is_out_of_memory(error):
             raise
-        training.predict = training.eager
-        logger.warning("--compile: the compiler failed (%s); going on without it", _first_line(error))
-    if training.one_pass is not None and not args.gradient_checkpointing:
-        stream, failed = torch.cuda.current_stream(), None
-        try:
-            training.graph = UpdateGraph(accelerator, training, passes, inputs)
-        except Exception as error:  # memory that the recording holds on to, an operation that cannot be recorded
-            # The end of a broken recording raises, too, and says nothing of what broke it.
-            failed = _first_line(error.__context__ if error.__context__ and "capture" in str(error) else error)
-        if failed is not None:
-            torch.cuda.set_stream(stream)
-            # PyTorch may take a broken recording for one that goes on: memory that two streams have used would not come
-            # back until its end.
-            training.stream = None
-            training.one_pass.recorded = []
-            training.drop_gradients()
-            gc.collect()
-            torch.cuda.empty_cache()
-            logger.warning("--compile: no CUDA graph (%s); going on without it", failed)
+        logger.warning("--compile: the compiler failed (%s); going on without it", first_line(error))
+        return Update(*parts, size)
 
 
-def _one_pass(args, accelerator, training):
-    """The one-pass optimizer, tried on gradients of zeros; None, with a line, where it cannot be had."""
-    if args.use_8bit_adam or args.offload_ema:
-        logger.info("--compile: neither one-pass optimizer nor CUDA graph with --use_8bit_adam or --offload_ema")
-        return None
-    if args.gradient_checkpointing:
-        logger.info("--compile: no CUDA graph with --gradient_checkpointing, which saves random states underway")
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-    if training.micro_batch_size < args.train_batch_size * args.gradient_accumulation_steps:
-        half = None
-    try:
-        from instruct_pix2pix.training.one_pass import OnePass  # needs Triton, as the compiler does
-
-        parts = (training.bare_unet, training.optimizer.optimizer, training.ema, args.max_grad_norm)
-        one_pass = OnePass(*parts, half, accelerator.scaler)
-        for leaf in one_pass.leaves:
-            leaf.grad = torch.zeros_like(leaf)
-        one_pass.step(dry=True)
-        for leaf in one_pass.leaves:
-            leaf.grad = None
-        return one_pass
-    except Exception as error:  # Triton is missing, or cannot build for this GPU
-        logger.warning("--compile: no one-pass optimizer, no CUDA graph (%s); going on without", _first_line(error))
-        return None
+def micro_batch_sizes(config) -> list[int]:
+    """Images a forward pass may have, the largest first: they divide what a process does in an update."""
+    window = config.train_batch_size * config.gradient_accumulation_steps
+    if config.max_micro_batch_size is None:
+        return [config.train_batch_size]
+    divisors = [size for size in range(window, 0, -1) if window % size == 0]
+    if config.max_micro_batch_size == "auto":
+        return divisors
+    return [size for size in divisors if size <= config.max_micro_batch_size][:1]
 
 
-class UpdateGraph:
-    """A whole update, recorded once as a CUDA graph: the host then launches one thing instead of thousands.
-
-    Inputs are copied to where the recording read them.
-    """
-
-    def __init__(self, accelerator, training, passes, inputs: dict[str, torch.Tensor]):
-        self.inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        self.one_pass = training.one_pass
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_PASSES):
-                passes(accelerator, training, self.inputs)
-                self.one_pass.step(dry=True)
-                training.drop_gradients()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        gc.collect()
-        # What autograd may still hold of the passes so far belongs to another stream, which a recording must not touch.
-        torch.autograd.graph.set_override_stale_capture_stream(True)
-        try:
-            # thread_local: the loader's thread may pin memory meanwhile, which the default mode takes for an error.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.loss = passes(accelerator, training, self.inputs)
-                self.norm = self.one_pass.step(recording=True)
-        finally:
-            torch.autograd.graph.set_override_stale_capture_stream(False)
-        self.one_pass.finish_recording()
-        training.drop_gradients()
-
-    def replay(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """An update; returns its loss and its gradients' norm before clipping."""
-        for name, tensor in inputs.items():
-            self.inputs[name].copy_(tensor)
-        self.one_pass.set_rate(learning_rate)
-        self.graph.replay()
-        return self.loss.clone(), self.norm.clone()
-
-
-def beside_the_update(stream, make) -> dict[str, torch.Tensor]:
-    """make(), launched on a stream of its own: a GPU works on it beside the update before, which the host is ahead of.
-    Without a stream, on a CPU, just make()."""
-    if stream is None:
-        return make()
-    with torch.cuda.stream(stream):
-        tensors = make()
-    current = torch.cuda.current_stream()
-    current.wait_stream(stream)
-    for tensor in tensors.values():
-        tensor.record_stream(current)  # its memory is not given away before the update has read it
-    return tensors
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory is what is missing: cuBLAS and cuDNN say it in words of their own."""
-    signs = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
-    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    return told or isinstance(error, torch.OutOfMemoryError)
-
-
-def out_of_memory(args) -> MemoryShortage:
-    """What a GPU that is too small for a run's flags is answered with: the flags that help and are not used yet."""
-    helps = {
-        f"--train_batch_size below {args.train_batch_size}, with more --gradient_accumulation_steps": (
-            args.train_batch_size > 1 and args.max_micro_batch_size is None
-        ),
-        "--max_micro_batch_size auto": args.max_micro_batch_size not in (None, "auto"),
-        "--gradient_checkpointing": not args.gradient_checkpointing,
-        "--mixed_precision bf16": args.mixed_precision == "no",
-        "--cache_latents": not args.cache_latents,
-        "--offload_ema": args.use_ema and not args.offload_ema,
-        "--use_8bit_adam": not args.use_8bit_adam,
-    }
-    remedies = [flag for flag, unused in helps.items() if unused] or ["a smaller --resolution"]
-    return MemoryShortage(
-        f"--resolution: {args.resolution} pixels with these flags do not fit into the GPU's memory; what helps:"
-        f" {', '.join(remedies)}"
-    )
-
-
-def _blank_inputs(args, plan, training) -> dict[str, torch.Tensor]:
-    """Zeros of the shapes that the passes of an update get: see trainer.prepare."""
-    window = args.train_batch_size * args.gradient_accumulation_steps
-    channels = training.vae.config.latent_channels
-    device = training.null_embedding.device
-
-    def zeros(*shape, dtype=torch.float32):
-        return torch.zeros(window, *shape, dtype=dtype, device=device)
-
-    return {
-        "noisy": zeros(2 * channels, plan.latent_side, plan.latent_side),
-        "timesteps": zeros(dtype=torch.long),
-        "text": training.null_embedding.expand(window, -1, -1).contiguous(),
-        "target": zeros(channels, plan.latent_side, plan.latent_side),
-        "weights": zeros(),
-    }
-
-
-def _try_passes(accelerator, training, passes, inputs, reserve: int = 0) -> None:
-    """Run the passes for nothing, beside `reserve` float32 numbers. Processes exchange nothing: none waits."""
-    held = torch.empty(reserve, device=accelerator.device)
-    try:
-        passes(accelerator, training, inputs, synchronise=False)
-    finally:
-        del held
-        training.drop_gradients()
-
-
-def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) -> int:
+def largest_that_fits(sizes: list[int], make_update, make_inputs) -> int:
     """The first of `sizes` for which the passes run on every process, with room left for the optimizer's state."""
-    reserve = 0
-    if accelerator.device.type == "cuda":
-        reserve = int(ROOM_BESIDE * torch.cuda.get_device_properties(accelerator.device).total_memory / 4)
-    if not training.optimizer.optimizer.state:
-        moments = 2 if isinstance(training.optimizer.optimizer, torch.optim.AdamW) else 0.5  # float32, or 8 bits each
-        reserve += int(moments * sum(p.numel() for p in training.bare_unet.parameters()))
     for size in sizes:
-        training.micro_batch_size = size
+        update = make_update(size)
+        accelerator = update.accelerator
         fits = torch.ones((), device=accelerator.device)
         try:
-            _try_passes(accelerator, training, passes, inputs, reserve)
+            update.rehearse(make_inputs(), _reserve(update))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -234,6 +225,42 @@ def _largest_that_fits(sizes: list[int], accelerator, training, passes, inputs) 
     raise torch.OutOfMemoryError("not even one image fits")
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]
+def _reserve(update: Update) -> int:
+    """Bytes that a rehearsal must leave free on a GPU: a share of the memory, and the optimizer's state to come."""
+    reserve = 0
+    if update.accelerator.device.type == "cuda":
+        reserve = int(ROOM_BESIDE * torch.cuda.get_device_properties(update.accelerator.device).total_memory)
+    if not update.optimizer.optimizer.state:
+        bytes_a_number = 8 if isinstance(update.optimizer.optimizer, torch.optim.AdamW) else 2  # two moments
+        reserve += bytes_a_number * sum(p.numel() for p in update.parameters)
+    return reserve
+
+
+# ---- memory
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory is what is missing: cuBLAS and cuDNN say it in words of their own."""
+    signs = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return told or isinstance(error, torch.OutOfMemoryError)
+
+
+def memory_shortage(config) -> MemoryShortage:
+    """The error for a GPU that is too small for a run's flags: it names the flags that help and are not used yet."""
+    helps = {
+        f"--train_batch_size below {config.train_batch_size}, with more --gradient_accumulation_steps": (
+            config.train_batch_size > 1 and config.max_micro_batch_size is None
+        ),
+        "--max_micro_batch_size auto": config.max_micro_batch_size not in (None, "auto"),
+        "--gradient_checkpointing": not config.gradient_checkpointing,
+        "--mixed_precision bf16": config.mixed_precision == "no",
+        "--cache_latents": not config.cache_latents,
+        "--offload_ema": config.use_ema and not config.offload_ema,
+        "--use_8bit_adam": not config.use_8bit_adam,
+    }
+    remedies = [flag for flag, unused in helps.items() if unused] or ["a smaller --resolution"]
+    return MemoryShortage(
+        f"--resolution: {config.resolution} pixels with these flags do not fit into the GPU's memory; what helps:"
+        f" {', '.join(remedies)}"
+    )

@@ -1,84 +1,106 @@
 """Edit one image during training, with the weights that would be exported, and show it."""
 
+import contextlib
 import logging
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.order import stream
-from instruct_pix2pix.images import BadImage, is_url, read_image
+from instruct_pix2pix.files import write_bytes
+from instruct_pix2pix.images import BadImage, contact_sheet, encode_image, is_url, read_image
 from instruct_pix2pix.models.sd import build_pipeline
 from instruct_pix2pix.training.log import log_images
+from instruct_pix2pix.training.step import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# The published models' settings: blog post and README of instruction-tuned Stable Diffusion.
-NUM_INFERENCE_STEPS = 20
-IMAGE_GUIDANCE_SCALE = 1.5
-GUIDANCE_SCALE = 7.0
 
-
-def load_validation_image(args, multiple: int) -> Image.Image | None:
+def load_validation_image(config, multiple: int) -> Image.Image | None:
     """The image of --val_image_url, RGB, sides brought to a `multiple`, the short one at most twice the resolution.
 
     An address that cannot be reached is warned of and gives None: a network that is down must not stop a training.
     A local file that is no image is the user's mistake.
     """
-    if args.val_image_url is None:
+    if config.val_image_url is None:
         return None
-    if is_url(args.val_image_url):
-        try:
-            image = read_image(args.val_image_url)
-        except BadImage as error:
-            logger.warning("--val_image_url: %s %s; no validation", args.val_image_url, error)
-            return None
-    else:
-        try:
-            image = read_image(args.val_image_url)
-        except BadImage as error:
-            raise UserError(f"--val_image_url: {args.val_image_url} is not a readable image ({error})") from error
-    scale = min(1.0, 2 * args.resolution / min(image.size))
-    size = [max(multiple, int(side * scale) // multiple * multiple) for side in image.size]
-    return image if list(image.size) == size else image.resize(size, Image.Resampling.LANCZOS)
+    try:
+        image = read_image(config.val_image_url)
+    except BadImage as error:
+        if not is_url(config.val_image_url):
+            raise UserError(f"--val_image_url: {config.val_image_url} is not a readable image ({error})") from error
+        logger.warning("--val_image_url: %s cannot be read (%s); no validation", config.val_image_url, error)
+        return None
+    scale = min(1.0, 2 * config.resolution / min(image.size))
+    size = tuple(max(multiple, int(side * scale) // multiple * multiple) for side in image.size)
+    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
 
 
-@torch.no_grad()
-def validate(accelerator, args, configs, tokenizer, text_encoder, vae, unet, image: Image.Image, step: int) -> None:
-    """Edit `image` --num_validation_images times and write output_dir/validation/step-<step>.png (input, then edits).
+def validation_is_due(run, step: int) -> bool:
+    """By updates where --validation_steps is given, else whenever so many epochs are complete; not at the end,
+    where the exported weights are validated anyway."""
+    config = run.config
+    if config.val_image_url is None or step == config.max_train_steps:
+        return False
+    if config.validation_steps is not None:
+        return step % config.validation_steps == 0
+    return int(run.epoch(step)) // config.validation_epochs > int(run.epoch(step - 1)) // config.validation_epochs
+
+
+def validate(run, step: int) -> None:
+    """Edit the validation image, where there is one, with the weights that would be exported now; the other processes
+    wait. Frozen models that rest on the CPU beside a latent cache work on the GPU meanwhile. What needs more memory
+    than there is, is left out with a warning."""
+    if run.validation_image is not None:  # on the main process only
+        frozen = (run.text_encoder, run.vae)
+        rested = [model.device for model in frozen]
+        for model in frozen:
+            model.to(run.accelerator.device)
+        try:
+            with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
+                show_edits(run, step)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning(
+                "no validation: editing %d images at a time needs more memory; lower --num_validation_images",
+                run.config.num_validation_images,
+            )
+        for model, device in zip(frozen, rested, strict=True):
+            model.to(device)
+    run.accelerator.wait_for_everyone()
+
+
+def show_edits(run, step: int) -> None:
+    """Edit the image --num_validation_images times and write output_dir/validation/step-<step>.png (input, then edits).
 
     The models in memory are used as they are, in one batch. The noise comes from a stream of its own, the same at
     every step, so that pictures can be compared and training never notices.
     """
-    pipeline = build_pipeline(configs, tokenizer, text_encoder, vae, unet)
-    count = args.num_validation_images
-    seeds = [int(stream(args.seed, "validation", index).integers(2**31)) for index in range(count)]
-    was_training = unet.training
-    unet.eval()
+    config, image = run.config, run.validation_image
+    pipeline = build_pipeline(run.configs, run.tokenizer, run.text_encoder, run.vae, run.unet)
+    count = config.num_validation_images
+    seeds = [int(stream(config.seed, "validation", index).integers(2**31)) for index in range(count)]
+    was_training = run.unet.training
+    run.unet.eval()
     try:
-        with accelerator.autocast():
-            edited = pipeline(
-                [args.validation_prompt] * count,
-                image=[image] * count,
-                num_inference_steps=NUM_INFERENCE_STEPS,
-                image_guidance_scale=IMAGE_GUIDANCE_SCALE,
-                guidance_scale=GUIDANCE_SCALE,
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            ).images
+        with torch.no_grad(), run.accelerator.autocast():
+            edited = editing.edit(
+                pipeline,
+                [config.validation_prompt] * count,
+                [image] * count,
+                seeds,
+                steps=editing.NUM_INFERENCE_STEPS,
+                guidance_scale=config.guidance_scale,
+                image_guidance_scale=config.image_guidance_scale,
+            )
     finally:
-        unet.train(was_training)
-    folder = Path(args.output_dir) / "validation"
+        run.unet.train(was_training)
+    folder = Path(config.output_dir) / "validation"
     folder.mkdir(parents=True, exist_ok=True)
-    side_by_side([image, *edited]).save(folder / f"step-{step:06d}.png")
-    log_images(accelerator, image, edited, args.validation_prompt, step)
-
-
-def side_by_side(images: list[Image.Image], gap: int = 4) -> Image.Image:
-    """Images of one height in a row, on white."""
-    sheet = Image.new("RGB", (sum(i.width + gap for i in images) - gap, max(i.height for i in images)), "white")
-    left = 0
-    for image in images:
-        sheet.paste(image, (left, 0))
-        left += image.width + gap
-    return sheet
+    sheet = contact_sheet([([image, *edited], [config.validation_prompt])], cell=max(image.size))
+    write_bytes(folder / f"step-{step:06d}.png", encode_image(sheet, ".png"))
+    log_images(run.accelerator, image, edited, config.validation_prompt, step)

@@ -1,0 +1,93 @@
+"""From the samples of an accumulation window to what the UNet sees and has to predict."""
+
+import torch
+
+from instruct_pix2pix.data.triples import to_unit_range
+from instruct_pix2pix.models import sd
+from instruct_pix2pix.training.conditioning import drop_conditioning
+from instruct_pix2pix.training.loss import add_noise, min_snr_weights, prediction_target
+
+
+class WindowEncoder:
+    """Encodes, noises and drops conditioning (InstructPix2Pix, section 3.2) for the W samples of a window.
+
+    Calling it returns noisy (W, 2C, h, w): the noised latents beside the original's; timesteps (W,); text (W, L, D);
+    target (W, C, h, w); weights (W,) of the samples' losses. On a GPU that is launched on a stream of its own, beside
+    the update before, which the host is ahead of.
+    """
+
+    def __init__(self, config, device, tokenizer, text_encoder, vae, cache, alphas_cumprod, prediction_type: str):
+        self.config, self.device, self.prediction_type = config, device, prediction_type
+        self.tokenizer, self.text_encoder, self.vae, self.cache = tokenizer, text_encoder, vae, cache
+        self.alphas_cumprod = alphas_cumprod.to(device)  # (T,)
+        self.null_embedding = self._embed([""])  # (1, L, D)
+        self.stream = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream()
+            self.stream.wait_stream(torch.cuda.current_stream())  # for what was built so far: models, cache
+
+    def __call__(self, window: dict) -> dict[str, torch.Tensor]:
+        return on_side_stream(self.stream, lambda: self._encode(window))
+
+    @torch.no_grad()
+    def _encode(self, window: dict) -> dict[str, torch.Tensor]:
+        config = self.config
+        if self.cache is not None:
+            text, image_latents, latents = self.cache.look_up(window, self.device)
+        else:
+            text = self._embed(window["instructions"])
+            image_latents, latents = self._encode_pairs(window)
+        moved = {name: window[name].to(self.device, non_blocking=True) for name in ("noise", "timesteps", "dropout")}
+        text, image_latents = drop_conditioning(
+            text, image_latents, self.null_embedding, moved["dropout"], config.conditioning_dropout_prob
+        )
+        schedule = (moved["timesteps"], self.alphas_cumprod)
+        weights = torch.ones_like(moved["dropout"])
+        if config.snr_gamma:
+            weights = min_snr_weights(*schedule, config.snr_gamma, self.prediction_type)
+        return {
+            "noisy": torch.cat([add_noise(latents, moved["noise"], *schedule), image_latents], dim=1),
+            "timesteps": moved["timesteps"],
+            "text": text,
+            "target": prediction_target(latents, moved["noise"], *schedule, self.prediction_type),
+            "weights": weights,
+        }
+
+    def _embed(self, instructions: list[str]) -> torch.Tensor:
+        ids = sd.tokenize(self.tokenizer, instructions).to(self.text_encoder.device)
+        return sd.encode_text(self.text_encoder, ids).to(self.device)
+
+    def _encode_pairs(self, window: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs_per_pass = max(1, sd.PIXELS_PER_PASS // self.config.resolution**2)
+        columns = (window[name].split(pairs_per_pass) for name in ("original", "edited", "posterior_noise"))
+        encoded = []
+        for original, edited, noise in zip(*columns, strict=True):
+            original, edited = (to_unit_range(side.to(self.device, non_blocking=True)) for side in (original, edited))
+            encoded.append(sd.encode_pair(self.vae, original, edited, noise.to(self.device, non_blocking=True)))
+        image_latents, latents = (torch.cat(side) for side in zip(*encoded, strict=True))
+        return image_latents, latents
+
+    def blank_window(self, latent_side: int) -> dict:
+        """A window of black pictures, of the shapes that training will have: to try things on."""
+        config = self.config
+        size = config.train_batch_size * config.gradient_accumulation_steps
+        latents = torch.zeros(size, self.vae.config.latent_channels, latent_side, latent_side)
+        zeros = torch.zeros(size, dtype=torch.long)
+        window = {"noise": latents, "posterior_noise": latents, "timesteps": zeros, "dropout": torch.ones(size)}
+        if self.cache is not None:
+            return window | {"row": zeros, "variant": zeros, "text": zeros}
+        pixels = torch.zeros(size, 3, config.resolution, config.resolution, dtype=torch.uint8)
+        return window | {"original": pixels, "edited": pixels, "instructions": [""] * size}
+
+
+def on_side_stream(stream: "torch.cuda.Stream | None", make) -> dict[str, torch.Tensor]:
+    """make(), launched on `stream`; the current stream waits for it. Without a stream, on a CPU, just make()."""
+    if stream is None:
+        return make()
+    with torch.cuda.stream(stream):
+        tensors = make()
+    current = torch.cuda.current_stream()
+    current.wait_stream(stream)
+    for tensor in tensors.values():
+        tensor.record_stream(current)  # its memory is not given away before the update has read it
+    return tensors
