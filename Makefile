@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart quickstart-low-level quickstart-control tiny-base test test-fast lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12 ...") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
@@ -45,7 +45,7 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.equivalence
 	$(BIN)/python -m benchmarks.train_step --size small
-	PYTHONPATH=inference $(BIN)/python -m benchmarks.inference --size small
+	$(BIN)/python -m benchmarks.inference --size small
 	@if [ -n "$(REFERENCE)" ]; then $(BIN)/python -m benchmarks.compare_with_reference --reference "$(REFERENCE)"; \
 	else echo "make bench REFERENCE=path/to/train_instruct_pix2pix.py also compares with diffusers' example"; fi
 

@@ -20,8 +20,11 @@ NUM_PROCESSES=${NUM_PROCESSES:-1} # GPUs; each adds 8 images to an update
 REPORT_TO=${REPORT_TO:-wandb}
 VAL_IMAGE_URL=${VAL_IMAGE_URL:-https://hf.co/datasets/diffusers/diffusers-images-docs/resolve/main/mountain.png}
 
-accelerate launch --quiet --num_processes="$NUM_PROCESSES" --num_machines=1 --dynamo_backend=no \
-  --mixed_precision="$MIXED_PRECISION" \
+# Said in full, so that a configuration saved by `accelerate config` changes nothing. `exec`: the launcher gets the signals
+# that a container sends to this script.
+LAUNCH=(--quiet --num_processes="$NUM_PROCESSES" --num_machines=1 --dynamo_backend=no --mixed_precision="$MIXED_PRECISION")
+[ "$NUM_PROCESSES" -eq 1 ] || LAUNCH+=(--multi_gpu)
+exec accelerate launch "${LAUNCH[@]}" \
   finetune_instruct_pix2pix.py \
   --pretrained_model_name_or_path="$MODEL_ID" \
   --dataset_name="$DATASET_ID" \
@@ -36,6 +39,7 @@ accelerate launch --quiet --num_processes="$NUM_PROCESSES" --num_machines=1 --dy
   --mixed_precision="$MIXED_PRECISION" \
   --val_image_url="$VAL_IMAGE_URL" \
   --validation_prompt="Generate a cartoonized version of the natural image" \
+  --guidance_scale=7.0 --image_guidance_scale=1.5 \
   --seed=42 \
   --output_dir="$OUTPUT_DIR" \
   --report_to="$REPORT_TO" \

@@ -7,7 +7,8 @@
 #     MAX_TRAIN_STEPS=1000 OUTPUT_DIR=/data/try bash recipes/low_level_from_scratch.sh
 #
 # Latents of four random crops of each pair, mirrored and not, are encoded once; forward passes are as large as fit. For a
-# GPU of 16 GB add --offload_ema --use_8bit_adam; --compile is worth a try on a long run.
+# GPU of 16 GB add --offload_ema --use_8bit_adam; --compile is worth a try on a long run. Validation and
+# model card edit without guidance: a restoration has one right answer, which guidance overshoots.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -20,8 +21,11 @@ NUM_PROCESSES=${NUM_PROCESSES:-1} # GPUs; each adds 8 images to an update
 REPORT_TO=${REPORT_TO:-wandb}
 VAL_IMAGE_URL=${VAL_IMAGE_URL:-https://hf.co/datasets/sayakpaul/sample-datasets/resolve/main/derain_the_image_1.png}
 
-accelerate launch --quiet --num_processes="$NUM_PROCESSES" --num_machines=1 --dynamo_backend=no \
-  --mixed_precision="$MIXED_PRECISION" \
+# Said in full, so that a configuration saved by `accelerate config` changes nothing. `exec`: the launcher gets the signals
+# that a container sends to this script.
+LAUNCH=(--quiet --num_processes="$NUM_PROCESSES" --num_machines=1 --dynamo_backend=no --mixed_precision="$MIXED_PRECISION")
+[ "$NUM_PROCESSES" -eq 1 ] || LAUNCH+=(--multi_gpu)
+exec accelerate launch "${LAUNCH[@]}" \
   train_instruct_pix2pix.py \
   --pretrained_model_name_or_path="$MODEL_ID" \
   --dataset_name="$DATASET_ID" \
@@ -38,6 +42,7 @@ accelerate launch --quiet --num_processes="$NUM_PROCESSES" --num_machines=1 --dy
   --mixed_precision="$MIXED_PRECISION" \
   --val_image_url="$VAL_IMAGE_URL" \
   --validation_prompt="Derain the image" \
+  --guidance_scale=1 --image_guidance_scale=1 \
   --seed=42 \
   --output_dir="$OUTPUT_DIR" \
   --report_to="$REPORT_TO" \

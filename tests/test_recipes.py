@@ -75,10 +75,38 @@ def test_recipe_has_the_published_settings_and_says_a_mistake_in_one_line(recipe
     assert printed["images_per_update"] == 8
     assert {name: printed["flags"][name] for name in PUBLISHED} == PUBLISHED
     assert printed["flags"]["conditioning_dropout_prob"] == 0.05
+    # A restoration has one right answer, which guidance overshoots.
+    scales = printed["flags"]["guidance_scale"], printed["flags"]["image_guidance_scale"]
+    assert scales == ((1.0, 1.0) if recipe.startswith("low_level") else (7.0, 1.5))
     mistaken = run(recipe, environment, "--dry_run", "--resolution=100")
     assert mistaken.returncode != 0
     (line,) = mistaken.stderr.splitlines()
     assert "error: --resolution: 100 is not a multiple of" in line
+
+
+@pytest.mark.parametrize("recipe", ["cartoonizer_finetuned"])
+def test_several_processes_are_one_training_whatever_accelerate_has_saved(recipe, environment, tmp_path):
+    (tmp_path / "hf" / "accelerate").mkdir(parents=True)
+    saved = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_processes: 1\nuse_cpu: false\n"
+    (tmp_path / "hf" / "accelerate" / "default_config.yaml").write_text(saved)
+    environment |= {"NUM_PROCESSES": "2", "HF_HOME": str(tmp_path / "hf")}
+    done = run(recipe, environment, "--dry_run")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    assert printed["processes"] == 2 and printed["images_per_update"] == 16
+
+
+@pytest.mark.parametrize("recipe", ["low_level_finetuned"])
+def test_sigterm_to_the_recipe_reaches_the_launcher(recipe, environment, tmp_path):
+    """In a container the recipe is process 1: `exec` makes it the launcher itself, so that no signal stops at bash."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "accelerate").write_text("#!/bin/sh\necho $$\n")
+    (tmp_path / "bin" / "accelerate").chmod(0o755)
+    environment["PATH"] = f"{tmp_path / 'bin'}:{environment['PATH']}"
+    with subprocess.Popen(
+        ["bash", ROOT / "recipes" / f"{recipe}.sh"], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert int(process.stdout.read()) == process.pid
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

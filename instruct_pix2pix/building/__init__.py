@@ -1,1 +1,1 @@
-"""Building datasets: photos and public sets in, parquet shards with a card out. The scripts are in data_preparation/."""
+"""Building datasets: photos and public sets in, parquet shards with a card out, for the scripts of data_preparation/."""
