@@ -1,8 +1,10 @@
 """Instruction-tuned Stable Diffusion: the library under the scripts. Training starts at training/trainer.py."""
 
+import logging
 import os
 
 # The libraries read these when they are imported. Their chatter would bury this project's own messages.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
