@@ -14,7 +14,7 @@ from instruct_pix2pix.cli import UserError
 def written_whole(path: str | os.PathLike):
     """Gives a temporary path beside `path`; what is written there takes `path`'s place when the block ends well."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.partial")  # a killed run's is written over
     try:
         yield temporary
         flush(temporary)

@@ -113,7 +113,7 @@ def test_two_processes_build_and_train_what_one_does(base_models, pairs, small_r
         **FIXED,
     }
     code = (
-        "import sys; from instruct_pix2pix import latent_cache as c; c.ROWS_PER_FILE, c.TEXTS_PER_FILE = 4, 1;"
+        "import sys; from instruct_pix2pix.data import latent_cache as c; c.ROWS_PER_FILE, c.TEXTS_PER_FILE = 4, 1;"
         " from finetune_instruct_pix2pix import main; main(sys.argv[1:])"
     )
     (tmp_path / "launched.py").write_text(code)
@@ -169,12 +169,13 @@ KILLED = """
 import os, signal, sys
 from instruct_pix2pix.data import latent_cache
 latent_cache.ROWS_PER_FILE, latent_cache.TEXTS_PER_FILE = 4, 1
-flush = latent_cache._flush
+from instruct_pix2pix import files
+flush = files.flush
 def kill_before_the_second_is_whole(path):
     if "moments-00001" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     flush(path)
-latent_cache._flush = kill_before_the_second_is_whole
+files.flush = kill_before_the_second_is_whole
 from finetune_instruct_pix2pix import main
 main(sys.argv[1:])
 """
