@@ -308,7 +308,7 @@ def edit(
     )
     for result in results:
         if isinstance(result, str):
-            raise UserError(f"{pipeline.name_or_path or 'editing'}: {result}; check its training or take another model")
+            raise UserError(f"{pipeline.name_or_path or 'editing'}: {result}; try another seed or another model")
     return [restore_image(result, image.size, resolution) for result, image in zip(results, images, strict=True)]
 
 

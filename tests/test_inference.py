@@ -334,6 +334,20 @@ def test_resolution_caps_the_short_side_only():
     assert editing.inner_size((90, 300), 100) == (90, 300)
 
 
+def test_edit_takes_a_batch_of_sizes_that_agree_once_padded(model, photos):
+    """With a pipeline in memory, as validation does; every image is what it would be alone."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model)
+    photo = images.read_image(photos / "a.png")
+    batch = [photo, photo.crop((0, 0, 60, 40))]
+    settings = {"steps": 2, "guidance_scale": 7.0, "image_guidance_scale": 1.0}
+    edited = editing.edit(pipeline, ["x", "y"], batch, [1, 2], **settings)
+    assert [image.size for image in edited] == [(64, 48), (60, 40)]
+    [alone] = editing.edit(pipeline, ["y"], batch[1:], [2], **settings)
+    assert np.abs(np.asarray(alone).astype(int) - np.asarray(edited[1])).max() <= 1
+
+
 # The snippets.
 
 
