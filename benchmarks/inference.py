@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Time edit_images.py against the README's snippet, image by image, on the same images with the same noise.
 
-    PYTHONPATH=inference python -m benchmarks.inference --size small   # minutes on a CPU
-    PYTHONPATH=inference python -m benchmarks.inference --size sd15    # Stable Diffusion v1.5's shapes, for a GPU
+    python -m benchmarks.inference --size small   # minutes on a CPU
+    python -m benchmarks.inference --size sd15    # Stable Diffusion v1.5's shapes, for a GPU
 
 Both sides start from image files and a loaded model and end with PNG files, and take turns in one process: first the
 snippet, which reads, edits and writes one image after another, then what edit_images.py does after it has loaded the
@@ -104,16 +104,12 @@ def largest_differences(first: Path, second: Path) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    try:
-        from inference import edit_images
-    except ImportError:
-        machine.fail(
-            "PYTHONPATH: no folder of it is inference; run PYTHONPATH=inference python -m benchmarks.inference"
-        )
     import torch
 
     from benchmarks import models
-    from instruct_pix2pix import edit_folder as planning
+    from inference import edit_images
+    from instruct_pix2pix import edit_folder, editing
+    from instruct_pix2pix.files import file_sha256
 
     folder = Path(args.folder)
     model = models.model_folder(args.size, folder, in_channels=8)
@@ -123,16 +119,13 @@ def main(argv: list[str] | None = None) -> dict:
     flags += ["--contact_sheet=0", f"--resolution={args.resolution}"]
     for name in ("steps", "guidance_scale", "image_guidance_scale", "batch_size"):
         flags.append(f"--{name}={getattr(args, name)}")
-    parser, plain_args = edit_images.parse_arguments(flags)
-    _, batch_args = edit_images.parse_arguments([*flags, "--compile"] if args.compile else flags)
-    plain, ours = (edit_images.load_model(parser, each) for each in (plain_args, batch_args))
-    seeds = {
-        path: edit_images.noise_seed(batch_args.seed, planning.file_sha256(path)) for path in sorted(images.iterdir())
-    }
+    ours_args = edit_images.parse_args([*flags, "--compile"] if args.compile else flags)
+    plain, ours = editing.load_pipeline(str(model)), edit_folder.load_model(ours_args)
+    seeds = {path: edit_folder.noise_seed(ours_args.seed, file_sha256(path)) for path in sorted(images.iterdir())}
 
     def edit_in_batches() -> None:
-        settings, _, sizes, _, _ = edit_images.look_through(batch_args, edit_images.plan(batch_args), batch_dir)
-        made, _ = edit_images.edit_all(parser, ours, batch_args, settings, sizes)
+        settings, _, sizes, _, _ = edit_folder.look_through(ours_args, edit_folder.plan(ours_args))
+        made, _ = edit_folder.edit_all(ours, ours_args, settings, sizes)
         assert len(made) == args.images
 
     sides = {
@@ -151,7 +144,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     median = {side: statistics.median(times) for side, times in seconds.items()}
     result = {
-        "command": f"PYTHONPATH=inference python -m benchmarks.inference {shlex.join(argv)}".strip(),
+        "command": f"python -m benchmarks.inference {shlex.join(argv)}".strip(),
         **{name: value for name, value in vars(args).items() if name != "folder"},
         "dtype": str(plain.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

@@ -1,10 +1,11 @@
-"""What edit_images.py is to do and what it has done: instructions, images, output names, the record of edits.
+"""Editing folders of images: what is to do, what was done before, the edits in batches, the record of them.
 
-Files and names only: no model, no image is decoded here.
+Nothing heavy is imported at the top, and no model loads before everything else is known to be right.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import glob
 import hashlib
@@ -12,13 +13,23 @@ import io
 import json
 import os
 import re
+import time
 from collections import Counter
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
+from instruct_pix2pix.cli import MemoryShortage, UserError, first_line, warn
+from instruct_pix2pix.files import check_folder, file_sha256, write_bytes
+from instruct_pix2pix.images import SUFFIXES, BadImage, contact_sheet, encode_image, image_size, read_image, walk_images
 
-IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+    from PIL import Image
+
 CONTACT_SHEET = "contact_sheet.png"
 RECORD = "edits.jsonl"
 # Two outputs are the same edit if these fields of their records agree.
@@ -40,15 +51,15 @@ class Edit:
 def read_instructions(path: str) -> list[tuple[str | None, str]]:
     """(image or None, instruction) for each line of a .txt, .jsonl or .csv file, without repetitions.
 
-    Raises ValueError, in one line, for a missing or empty file, and for a row without image or instruction.
+    Raises UserError for a missing or empty file, and for a row without image or instruction.
     """
     remedy = "give a .txt of instructions, or a .jsonl or .csv with image and instruction"
     if Path(path).suffix not in (".txt", ".jsonl", ".csv"):
-        raise ValueError(f"--instructions_file: {path} has an unknown ending; {remedy}")
+        raise UserError(f"--instructions_file: {path} has an unknown ending; {remedy}")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--instructions_file: {path} cannot be read ({editing.first_line(error)})") from None
+        raise UserError(f"--instructions_file: {path} cannot be read ({first_line(error)})") from None
     found: list[tuple[str | None, str]] = []
     if path.endswith(".txt"):
         lines = [line.strip() for line in text.splitlines()]
@@ -63,24 +74,24 @@ def read_instructions(path: str) -> list[tuple[str | None, str]]:
             except (ValueError, KeyError, TypeError, AttributeError):
                 image = instruction = ""
             if not image or not instruction:
-                raise ValueError(
+                raise UserError(
                     f"--instructions_file: {path}, row {number}, lacks a text for image or instruction; "
                     'write {"image": "a.png", "instruction": "..."} or the columns image,instruction'
                 )
             found.append((image, instruction))
     if not found:
-        raise ValueError(f"--instructions_file: {path} holds no instruction; {remedy}")
+        raise UserError(f"--instructions_file: {path} holds no instruction; {remedy}")
     return list(dict.fromkeys(found))
 
 
 def find_images(inputs: list[str], output_dir: Path) -> list[tuple[Path, str]]:
     """(path, relative name) of every image that files, folders and globs name, each image once.
 
-    A folder is searched to any depth, leaving out hidden files, other files than images, and `output_dir`.
-    Raises ValueError, in one line, where an input does not exist or there is no image at all.
+    Folders are searched to any depth. Hidden files and other files than images do not count, nor does `output_dir`.
+    Raises UserError where an input does not exist or there is no image at all.
     """
     found: dict[Path, str] = {}
-    folders = sum(Path(name).is_dir() for name in inputs)
+    folders = sum(Path(name).expanduser().is_dir() for name in inputs)
 
     def add(path: Path, relative: Path) -> None:
         if output_dir.resolve() not in path.resolve().parents:
@@ -92,23 +103,20 @@ def find_images(inputs: list[str], output_dir: Path) -> list[tuple[Path, str]]:
             add(path, Path(path.name))
             continue
         if path.is_dir():
-            matches, root = list(path.rglob("*")), path
+            names, root = walk_images(path), path
         elif glob.has_magic(name):
-            parts = path.parts
-            magic = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-            root = Path(*parts[:magic])
+            root = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+            names = [match.relative_to(root) for match in matches if match.suffix.lower() in SUFFIXES]
         else:
-            raise ValueError(f"{name}: does not exist; give files, folders or quoted globs")
+            raise UserError(f"{name}: does not exist; give files, folders or quoted globs")
         prefix = Path(path.resolve().name) if path.is_dir() and folders > 1 else Path()
-        for match in sorted(matches):
-            relative = match.relative_to(root)
-            hidden = any(part.startswith(".") for part in relative.parts)
-            if match.is_file() and match.suffix.lower() in IMAGE_SUFFIXES and not hidden:
-                add(match, prefix / relative)
+        for relative in sorted(map(Path, names)):
+            if (root / relative).is_file() and not any(part.startswith((".", "__MACOSX")) for part in relative.parts):
+                add(root / relative, prefix / relative)
     if not found:
-        endings = " ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(f"{' '.join(inputs)}: no image found outside --output_dir; looked for {endings}")
+        endings = " ".join(sorted(SUFFIXES))
+        raise UserError(f"{' '.join(inputs)}: no image found outside --output_dir; looked for {endings}")
     return list(found.items())
 
 
@@ -147,6 +155,23 @@ def folder_name(instruction: str) -> str:
     return re.sub(r"[\W_]+", "-", instruction.lower()).strip("-")[:60].strip("-") or "instruction"
 
 
+def plan(args) -> list[Edit]:
+    """Every edit that the arguments ask for, in order."""
+    output_dir = Path(args.output_dir)
+    lines = [(None, args.instruction.strip())] if args.instruction else read_instructions(args.instructions_file)
+    if lines[0][0] is not None:
+        if args.inputs:
+            raise UserError(f"{args.inputs[0]}: {args.instructions_file} names the images; give one or the other")
+        folder = Path(args.instructions_file).parent
+        wanted = [((folder / image).resolve(), image, instruction) for image, instruction in lines]
+    elif not args.inputs:
+        raise UserError("inputs: missing; give files, folders or quoted globs of images")
+    else:
+        images = find_images(args.inputs, output_dir)
+        wanted = [(path, name, instruction) for _, instruction in lines for path, name in images]
+    return plan_outputs(wanted, f".{args.format}")
+
+
 # What was done before.
 
 
@@ -168,11 +193,6 @@ def model_fingerprint(model_id: str) -> str:
                 file.seek(max(size - megabyte, 0))
                 digest.update(file.read(megabyte))
     return f"sha256:{digest.hexdigest()}"
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_records(output_dir: Path) -> dict[str, list[dict]]:
@@ -203,7 +223,7 @@ def append_record(output_dir: Path, record: dict) -> None:
 def own_record(output_dir: Path, output: str, records: dict) -> dict | None:
     """The record of a file as it lies there, None if there is no such file.
 
-    Raises ValueError, in one line, for a file that has no record or differs from it: somebody else's, or
+    Raises UserError for a file that has no record or differs from it: somebody else's, or
     changed since, and so not to be lost.
     """
     path = output_dir / output
@@ -213,11 +233,11 @@ def own_record(output_dir: Path, output: str, records: dict) -> dict | None:
     for record in reversed(records.get(output, [])):
         if record.get("output_sha256") == content:
             return record
-    raise ValueError(f"{path}: was not made by this script, or was changed since; move it away or change --output_dir")
+    raise UserError(f"{path}: was not made by this script, or was changed since; move it away or change --output_dir")
 
 
 def is_finished(output_dir: Path, output: str, settings: dict, records: dict, overwrite: bool) -> bool:
-    """Whether `output` is there and of these `settings`; if of others, ValueError unless `overwrite`."""
+    """Whether `output` is there and of these `settings`; if of others, UserError unless `overwrite`."""
     record = own_record(output_dir, output, records)
     if record is None:
         return False
@@ -226,7 +246,7 @@ def is_finished(output_dir: Path, output: str, settings: dict, records: dict, ov
             if overwrite:
                 return False
             before, now = str(record.get(name))[:40], str(settings[name])[:40]
-            raise ValueError(
+            raise UserError(
                 f"{output_dir / output}: was made with {name} {before}, now it is {now}; choose another "
                 "--output_dir, or --overwrite to make it again"
             )
@@ -239,7 +259,281 @@ def keep(output_dir: Path, output: str, content: bytes, record: dict) -> None:
     The record goes first: if the run dies between the two, the output is missing and will be made, whereas an
     output without a record would look like somebody else's file.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
+    path = output_dir / output
+    path.parent.mkdir(parents=True, exist_ok=True)
     sha256 = hashlib.sha256(content).hexdigest()
     append_record(output_dir, {"output": output} | record | {"output_sha256": sha256})
-    editing.write_atomically(output_dir / output, content)
+    write_bytes(path, content)
+
+
+def look_through(args, edits: list[Edit]):
+    """Every edit's image and earlier output, before weights load.
+
+    Returns (settings of each edit that can be made, edits that are finished, inner sizes of those that are not,
+    {image: why it is left out}, how many images the model will see scaled down).
+    """
+    from tqdm import tqdm
+
+    output_dir = Path(args.output_dir)
+    settings: dict[Edit, dict] = {}
+    finished: list[Edit] = []
+    sizes: dict[Edit, tuple[int, int]] = {}
+    left_out: dict[str, str] = {}
+    scaled = 0
+    model = model_fingerprint(args.model_id)
+    records = read_records(output_dir)
+    if args.contact_sheet:
+        own_record(output_dir, CONTACT_SHEET, records)
+    known: dict[Path, tuple[str, tuple[int, int]]] = {}  # SHA-256 and size of each image
+    for edit in tqdm(edits, desc="looking through images", delay=2, leave=False):
+        if str(edit.image) in left_out:
+            continue
+        try:
+            if edit.image not in known:
+                known[edit.image] = file_sha256(edit.image), image_size(edit.image)
+        except (OSError, BadImage) as error:
+            reason = error if isinstance(error, BadImage) else f"cannot be read ({error.strerror})"
+            left_out[str(edit.image)] = f"{edit.image}: {reason}"
+            continue
+        sha256, size = known[edit.image]
+        settings[edit] = {
+            "input_sha256": sha256,
+            "instruction": edit.instruction,
+            "model": model,
+            "seed": args.seed,
+            "steps": args.steps,
+            "image_guidance_scale": args.image_guidance_scale,
+            "guidance_scale": args.guidance_scale,
+            "resolution": args.resolution,
+        }
+        if is_finished(output_dir, edit.output, settings[edit], records, args.overwrite):
+            finished.append(edit)
+        else:
+            sizes[edit] = editing.inner_size(size, args.resolution)
+            scaled += sizes[edit] != size
+    return settings, finished, sizes, left_out, scaled
+
+
+# Making what is missing.
+
+
+def noise_seed(seed: int, input_sha256: str) -> int:
+    """The seed of one image's noise, 32 bits of a hash of --seed and the image file's own hash.
+
+    The snippets give the same output with `--seed` set to this number.
+    """
+    digest = hashlib.sha256(f"{seed} {input_sha256}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def make_batches(sizes: dict[Edit, tuple[int, int]], multiple: int, batch_size: int) -> list[list[Edit]]:
+    """Groups of at most `batch_size` edits whose images have one size (width, height) once padded.
+
+    `sizes` are those inside the model, before padding to the `multiple`.
+    """
+    groups: dict[tuple[int, int], list[Edit]] = {}
+    for edit, (width, height) in sizes.items():
+        padded = (width + -width % multiple, height + -height % multiple)
+        groups.setdefault(padded, []).append(edit)
+    return [
+        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
+    ]
+
+
+def one_ahead(pool: Executor, function, items):
+    """Yield function(item) for all `items` in order; while the caller works on one, `pool` computes the next."""
+    following: Future | None = None
+    for item in items:
+        current, following = following, pool.submit(function, item)
+        if current is not None:
+            yield current.result()
+    if following is not None:
+        yield following.result()
+
+
+def load_model(args) -> StableDiffusionInstructPix2PixPipeline:
+    """The pipeline of --model_id, its UNet's blocks to be compiled if --compile asks for it."""
+    pipeline = editing.load_pipeline(args.model_id)
+    if args.compile:
+        import torch
+
+        try:
+            # Blocks that are alike are compiled once. To compile the UNet in one piece takes several times as long.
+            # Without `dynamic` the second size, and the first smaller batch, would compile them all again; and blocks
+            # of every width count against one limit, above which nothing more is compiled.
+            torch._dynamo.config.recompile_limit = 64
+            pipeline.unet.compile_repeated_blocks(dynamic=True)
+        except Exception as error:  # a UNet without such blocks, a platform without a compiler
+            warn(_not_compiled(error))
+    return pipeline
+
+
+def _not_compiled(error: Exception) -> str:
+    # What went wrong in a compiler, without what torch.compile wraps around it.
+    return f"--compile: {first_line(getattr(error, 'inner_exception', error))}; editing goes on without it"
+
+
+def read_batch(batch: list[Edit], multiple: int, args):
+    """Decode a batch: ({edit: (RGB image as the model takes it, its own size)}, {image: why it is left out})."""
+    images: dict[Edit, tuple[Image.Image, tuple[int, int]]] = {}
+    left_out: dict[str, str] = {}
+    for edit in batch:
+        try:
+            image = read_image(edit.image)
+        except BadImage as error:
+            left_out[str(edit.image)] = f"{edit.image}: {error}"
+            continue
+        images[edit] = editing.fit_image(image, args.resolution, multiple), image.size
+    return images, left_out
+
+
+def write_batch(records: dict[Edit, dict], results: list[Image.Image | str], args):
+    """Write what `editing.edit_batch` returned, each in its image's size, one after the other with its record.
+
+    Returns (edits made, {image: why it has no output}). Raises OSError where the disk takes no more.
+    """
+    made: list[Edit] = []
+    left_out: dict[str, str] = {}
+    for (edit, record), result in zip(records.items(), results, strict=True):
+        if isinstance(result, str):
+            left_out[str(edit.image)] = f"{edit.image}: {result}"
+            continue
+        result = editing.restore_image(result, (record["width"], record["height"]), args.resolution)
+        keep(Path(args.output_dir), edit.output, encode_image(result, f".{args.format}"), record)
+        made.append(edit)
+    return made, left_out
+
+
+def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[int, int]]):
+    """Make the outputs of all `sizes`: (those made, {image: why it was left out}).
+
+    While the model edits a batch, one thread reads the next and one writes the last. Leaving this function, by
+    Ctrl-C or an error too, waits until what is being written is there.
+    """
+    import torch
+    from tqdm import tqdm
+
+    made: list[Edit] = []
+    left_out: dict[str, str] = {}
+    compiled, edited = args.compile, 0
+    bar = tqdm(
+        total=len(sizes),
+        desc="editing",
+        bar_format="{desc}: {n}/{total} images |{bar}| {elapsed}<{remaining}{postfix}",
+    )
+    started = time.perf_counter()
+
+    def show_progress(_, step, __, tensors):
+        rate = edited / (time.perf_counter() - started)
+        bar.set_postfix_str(f"step {step + 1}/{args.steps}, {rate:.2f} images/s")
+        return tensors
+
+    edit_batch = partial(
+        editing.edit_batch,
+        pipeline,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+        on_step=show_progress,
+    )
+    multiple = editing.size_multiple(pipeline)
+    batches = make_batches(sizes, multiple, args.batch_size)
+    writes: list[Future] = []
+    with contextlib.ExitStack() as stack:
+        background = stack.enter_context(ThreadPoolExecutor(2))
+        stack.enter_context(bar)
+
+        def edit_with_fallback(*arguments):
+            nonlocal compiled
+            try:
+                return edit_batch(*arguments)
+            except torch.OutOfMemoryError:
+                raise MemoryShortage(
+                    f"--batch_size: {len(arguments[0])} images at a time do not fit into the GPU's memory; "
+                    "lower it or --resolution and run again: what is done is kept"
+                ) from None
+            except Exception as error:  # compilers fail in many ways, at the first batch or at a later size
+                if not compiled:
+                    raise
+                compiled = False
+                bar.clear()  # its line makes room for the warning's
+                warn(_not_compiled(error))
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+                return edit_with_fallback(*arguments)
+
+        read = partial(read_batch, multiple=multiple, args=args)
+        for batch, (images, unreadable) in zip(batches, one_ahead(background, read, batches), strict=True):
+            left_out |= unreadable
+            bar.update(len(batch) - len(images))
+            # Again by size: what turns an image may stand at its file's end, where `image_size` does not look.
+            for group in make_batches({edit: image.size for edit, (image, _) in images.items()}, 1, args.batch_size):
+                seeds = [noise_seed(args.seed, settings[edit]["input_sha256"]) for edit in group]
+                results = edit_with_fallback([e.instruction for e in group], [images[e][0] for e in group], seeds)
+                edited += len(group)
+                bar.update(len(group))
+                records = {}
+                for edit, seed in zip(group, seeds, strict=True):
+                    width, height = images[edit][1]
+                    records[edit] = {"image": str(edit.image)} | settings[edit]
+                    records[edit] |= {"model_id": args.model_id, "noise_seed": seed}
+                    records[edit] |= {"width": width, "height": height, "device": pipeline.device.type}
+                if writes:
+                    writes[-1].result()  # one at a time, so that records stay in order and a full disk ends the run
+                writes.append(background.submit(write_batch, records, results, args))
+        show_progress(None, args.steps - 1, None, None)
+    for write in writes:
+        finished, failed = write.result()
+        made += finished
+        left_out |= failed
+    return made, left_out
+
+
+def write_contact_sheet(edits: list[Edit], args, records: dict) -> None:
+    """Show at most `args.contact_sheet` of the finished `edits`, evenly chosen, in their order."""
+    output_dir, count = Path(args.output_dir), min(args.contact_sheet, len(edits))
+    entries = []
+    for edit in [edits[i * len(edits) // count] for i in range(count)]:
+        pair = [read_image(edit.image), read_image(output_dir / edit.output)]
+        entries.append((pair, [edit.output, edit.instruction]))
+    content = encode_image(contact_sheet(entries, cell=256), ".png")
+    record = own_record(output_dir, CONTACT_SHEET, records)
+    if record is None or record["output_sha256"] != hashlib.sha256(content).hexdigest():
+        keep(output_dir, CONTACT_SHEET, content, {})
+
+
+def edit_folder(args) -> bool:
+    """Do what edit_images.py was asked for and say what came of it; False if there is not one output."""
+    output_dir = Path(args.output_dir)
+
+    # 1. All that can be wrong before weights load: instructions, images, the model's folder, earlier outputs.
+    edits = plan(args)
+    check_folder("--output_dir", output_dir)
+    editing.check_model(args.model_id)
+    settings, finished, sizes, left_out, scaled = look_through(args, edits)
+    if not settings:
+        raise UserError(f"{next(iter(left_out.values()))}; none of {len(left_out)} images can be read")
+
+    # 2. The edits that are missing.
+    made: list[Edit] = []
+    if finished:
+        print(f"{len(finished)} of {len(settings)} outputs are there already")
+    if scaled:
+        print(
+            f"{scaled} of {len(sizes)} images have a short side above --resolution {args.resolution}: "
+            "scaled down for the model, and back up"
+        )
+    try:
+        if sizes:
+            made, failed = edit_all(load_model(args), args, settings, sizes)
+            left_out |= failed
+        done = set(finished) | set(made)
+        if args.contact_sheet and done:
+            write_contact_sheet([edit for edit in edits if edit in done], args, read_records(output_dir))
+    except OSError as error:
+        raise UserError(f"--output_dir: {output_dir} cannot be written to ({first_line(error)})") from None
+
+    # 3. What came of it.
+    for message in left_out.values():
+        warn(f"left out {message}")
+    print(f"{len(made)} edited, {len(finished)} there before, {len(left_out)} images left out: {output_dir}")
+    return bool(done)

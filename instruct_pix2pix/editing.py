@@ -1,88 +1,55 @@
-"""What the inference scripts share: their flags, reading and writing images, and the sizes a model takes.
+"""Editing images: loads a pipeline, knows the sizes it takes and what guidance does, and edits.
 
-Nothing heavy is imported at the top, so that `--help` and a wrong flag answer at once.
+Used by the inference scripts, the evaluation and the validation, so that all edit alike. Nothing heavy is imported at
+the top: `--help` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
 
-import argparse
-import io
+import contextlib
 import json
-import math
 import os
-import re
-import sys
-import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from instruct_pix2pix.cli import Parser, UserError, first_line, guidance, warn, whole_number
+from instruct_pix2pix.files import check_folder, write_bytes
+from instruct_pix2pix.images import BadImage, encode_image, read_image
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionInstructPix2PixPipeline
     from PIL import Image
 
-# Without torchvision, which nothing here needs, importing transformers prints two warnings.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-URL_TIMEOUT_SECONDS = 30
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        # A flag without a default says in its own words what leaving it out means.
-        return action.help if action.default is None else super()._get_help_string(action)
+# The published models' settings: blog post and README of instruction-tuned Stable Diffusion.
+NUM_INFERENCE_STEPS = 20
+IMAGE_GUIDANCE_SCALE = 1.5
+GUIDANCE_SCALE = 7.0
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that shows defaults and answers a mistake with one line and exit code 2."""
-
-    def __init__(self, script: str, description: str):
-        super().__init__(
-            prog=Path(script).name,
-            description=description,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        message = message.removeprefix("argument ")
-        message = re.sub(r"^the following arguments are required: (.*)", r"\1: missing; see --help", message)
-        message = re.sub(r"^unrecognized arguments: (.*)", r"\1: not understood; see --help", message)
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-    def warn(self, message: str) -> None:
-        print(f"{self.prog}: warning: {message}", file=sys.stderr)
+# Flags.
 
 
-def whole_number(minimum: int):
-    """An argparse type: an integer of at least `minimum`."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is too small; give {minimum} or more")
-        return value
-
-    return convert
-
-
-def scale(text: str) -> float:
-    """An argparse type: a finite number of at least 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a guidance scale; give a number of at least 0")
-    return value
+def add_guidance_flags(
+    parser, guidance_scale: float = GUIDANCE_SCALE, image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
+) -> None:
+    """Add --image_guidance_scale and --guidance_scale to a parser or a group of one, with these defaults."""
+    parser.add_argument(
+        "--image_guidance_scale",
+        type=guidance,
+        default=image_guidance_scale,
+        help="how closely the output keeps to the input image; below 1 diffusers turns all guidance off",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=guidance,
+        default=guidance_scale,
+        help="how closely the output follows the instruction; at 1 or below diffusers turns all guidance off",
+    )
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, model_id: str | None) -> None:
-    """The flags that every inference script takes. Without a default `model_id` the flag is required."""
-    model = parser.add_argument_group("model")
-    model.add_argument(
+def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_scales: float) -> None:
+    """Add the flags that every inference script takes. Without a default `model_id` the flag is required."""
+    parser.add_argument_group("model").add_argument(
         "--model_id",
         default=model_id,
         required=model_id is None,
@@ -90,19 +57,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, model_id: str | None) ->
         help="an InstructPix2Pix pipeline: a folder, or an id on the Hub",
     )
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--steps", type=whole_number(1), default=20, help="denoising steps")
-    sampling.add_argument(
-        "--image_guidance_scale",
-        type=scale,
-        default=1.5,
-        help="how closely the output keeps to the input image; below 1 diffusers turns all guidance off",
-    )
-    sampling.add_argument(
-        "--guidance_scale",
-        type=scale,
-        default=7.0,
-        help="how closely the output follows the instruction; at 1 or below diffusers turns all guidance off",
-    )
+    sampling.add_argument("--steps", type=whole_number(1), default=NUM_INFERENCE_STEPS, help="denoising steps")
+    add_guidance_flags(sampling, **guidance_scales)
     sampling.add_argument("--seed", type=whole_number(0), default=0, help="seed of the initial noise")
     sampling.add_argument(
         "--resolution",
@@ -114,11 +70,13 @@ def add_sampling_flags(parser: argparse.ArgumentParser, model_id: str | None) ->
 
 
 def guidance_warning(guidance_scale: float, image_guidance_scale: float) -> str | None:
-    """One line where diffusers ignores both scales; None where they count.
+    """One line where diffusers ignores both scales; None where they count, or are 1 and so ask for no guidance.
 
     The pipeline combines its three predictions (Brooks et al. 2023, equation 3) only if guidance_scale > 1
     and image_guidance_scale >= 1. Outside of that it uses the fully conditioned prediction alone.
     """
+    if guidance_scale == image_guidance_scale == 1:
+        return None
     if image_guidance_scale < 1:
         cause = f"--image_guidance_scale {image_guidance_scale:g} is below 1"
     elif guidance_scale <= 1:
@@ -128,44 +86,38 @@ def guidance_warning(guidance_scale: float, image_guidance_scale: float) -> str 
     return f"{cause}: diffusers turns all guidance off, of the text and of the image"
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message that says something, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+# Models.
 
 
-def check_model(model_id: str) -> None:
-    """Raise ValueError, in one line, if `model_id` cannot be an InstructPix2Pix pipeline.
+def check_model(model_id: str, flag: str = "--model_id") -> None:
+    """Raise UserError if `model_id`, a folder or an id on the Hub, cannot be an InstructPix2Pix pipeline.
 
-    Reads the UNet's configuration, a small JSON file: of a folder, or of an id on the Hub.
+    Reads the UNet's configuration, a small JSON file, so that a mistake is said before any weights load.
     """
     folder = Path(model_id).expanduser()
     if folder.exists():
         if not (folder / "model_index.json").is_file():
-            raise ValueError(
-                f"--model_id: {model_id} has no model_index.json; give a folder as save_pretrained writes it"
-            )
+            raise UserError(f"{flag}: {model_id} has no model_index.json; give a folder as save_pretrained writes it")
         configuration = folder / "unet/config.json"
     else:
-        configuration = Path(_fetch_unet_config(model_id))
+        configuration = Path(_fetch_unet_config(model_id, flag))
     try:
         channels = json.loads(configuration.read_text())["in_channels"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--model_id: {model_id} has no usable unet/config.json ({first_line(error)}); save it again"
-        ) from None
+        reason = first_line(error)
+        raise UserError(f"{flag}: {model_id} has no usable unet/config.json ({reason}); save it again") from None
     if channels != 8:
-        raise ValueError(
-            f"--model_id: {model_id} has a UNet of {channels} input channels, and editing takes 8; "
+        raise UserError(
+            f"{flag}: {model_id} has a UNet of {channels} input channels, and editing takes 8; "
             "train it first with train_instruct_pix2pix.py"
         )
 
 
-def _fetch_unet_config(model_id: str) -> str:
-    """The path of an id's unet/config.json, from the cache or the Hub; ValueError if neither has it."""
+def _fetch_unet_config(model_id: str, flag: str) -> str:
+    """The path of an id's unet/config.json, from the cache or the Hub."""
     import huggingface_hub
 
-    missing = f"--model_id: {model_id} is no folder here, and "
+    missing = f"{flag}: {model_id} is no folder here, and "
     try:
         cached = huggingface_hub.try_to_load_from_cache(model_id, "unet/config.json")
         if isinstance(cached, str):
@@ -175,55 +127,31 @@ def _fetch_unet_config(model_id: str) -> str:
             return huggingface_hub.hf_hub_download(model_id, "unet/config.json")
     except Exception as error:  # a name that is no id, no network, no access
         reason = f"the Hub does not give it ({type(error).__name__}); check the name, the network and HF_TOKEN"
-        raise ValueError(missing + reason) from None
-    raise ValueError(missing + "the Hub shows no such Stable Diffusion model; check the name and HF_TOKEN")
+        raise UserError(missing + reason) from None
+    raise UserError(missing + "the Hub shows no such Stable Diffusion model; check the name and HF_TOKEN")
 
 
-def model_error(model_id: str, error: BaseException) -> str:
-    """One line about a pipeline that passed `check_model` and that `from_pretrained` could not load."""
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    return f"--model_id: {model_id} cannot be loaded ({reason}); save or download it again"
+def load_pipeline(model_id: str, flag: str = "--model_id", **options) -> StableDiffusionInstructPix2PixPipeline:
+    """A pipeline that passed `check_model`: on CUDA in half precision, else on the CPU in float32; no progress bar.
 
-
-def load_image(source: str) -> Image.Image:
-    """Read an image from a path or an http(s) URL: RGB, turned upright as its EXIF orientation says.
-
-    Transparent areas come out white, and 16-bit grey is reduced to 8 bits. Raises ValueError, in one line,
-    for what cannot be fetched, is no image, or is damaged.
+    `options` go to `from_pretrained`. Raises UserError where a file is missing or damaged.
     """
-    from PIL import Image
+    # Without torchvision, which nothing here needs, importing transformers prints two warnings.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    from diffusers import StableDiffusionInstructPix2PixPipeline
 
+    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
-        if re.match(r"https?://", source):
-            request = urllib.request.Request(source, headers={"User-Agent": "Mozilla/5.0"})
-            with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
-                content = response.read()
-        else:
-            content = Path(source).expanduser().read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{source}: does not exist; give the path or the URL of an image") from None
-    except Exception as error:  # a malformed URL, a refused connection, a folder, a file without read permission
-        raise ValueError(f"{source}: cannot be read ({first_line(error)})") from None
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return to_upright_rgb(image)
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged bytes
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
-        raise ValueError(f"{source}: cannot be decoded ({reason}); give a whole PNG, JPEG or WebP file") from None
+        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=dtype, **options).to(device)
+    except Exception as error:  # a damaged folder fails in many ways
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{flag}: {model_id} cannot be loaded ({reason}); save or download it again") from None
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
-def to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation, put transparency on white, and convert to 8-bit RGB."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+# Sizes.
 
 
 def size_multiple(pipeline) -> int:
@@ -264,50 +192,174 @@ def restore_image(edited: Image.Image, size: tuple[int, int], resolution: int) -
     return edited if inner == size else edited.resize(size, Image.Resampling.LANCZOS)
 
 
-def check_folder(flag: str, folder: str | os.PathLike) -> None:
-    """Raise ValueError, in one line, if files cannot be written into `folder`, which need not exist yet."""
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"{flag}: {existing} is a file; give a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"{flag}: {existing} is not writable; choose another folder")
+# Editing.
 
 
-def check_output(path: str, image: str) -> None:
-    """Raise ValueError, in one line, if the edited `image` cannot be written to `path`."""
-    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--output: {path} has no ending for an image; use .png, .jpg or .webp")
-    if Path(path).is_dir():
-        raise ValueError(f"--output: {path} is a folder; give the name of a file")
-    if Path(path).exists() and Path(image).exists() and Path(path).samefile(image):
-        raise ValueError(f"--output: {path} is the input image itself; give another name")
-    check_folder("--output", Path(path).parent)
+@contextlib.contextmanager
+def skip_needless_branch(unet, guidance_scale: float, image_guidance_scale: float):
+    """While open, the UNet evaluates two of the pipeline's three guidance branches where the third cancels.
 
+    The pipeline stacks a batch of 3 B, [instruction and image, image alone, neither], and combines what the UNet
+    says of it (Brooks et al. 2023, equation 3):
 
-def encode_image(image: Image.Image, suffix: str) -> bytes:
-    """The bytes of an image file: lossless for .png and .webp, quality 95 for .jpg and .jpeg."""
-    buffer = io.BytesIO()
-    if suffix.lower() == ".webp":
-        image.save(buffer, "WEBP", lossless=True)
-    elif suffix.lower() in (".jpg", ".jpeg"):
-        image.save(buffer, "JPEG", quality=95, subsampling=0)
-    else:
-        image.save(buffer, "PNG")
-    return buffer.getvalue()
+        neither + guidance_scale * (instruction - image) + image_guidance_scale * (image - neither)
 
+    With image_guidance_scale 1 that is without `neither`, with equal scales without `image`. The rows of that
+    branch are cut out before the UNet, and the other of the two stands in for it behind the UNet: `image - neither`
+    is then exactly zero, and the result is that of three branches but for rounding. Other scales change nothing,
+    and where diffusers turns guidance off (see `guidance_warning`) the batch is no stack.
+    """
+    import torch
 
-def save_image(image: Image.Image, path: str) -> None:
-    """Write an image, whole or not at all; the ending decides the format."""
-    write_atomically(Path(path), encode_image(image, Path(path).suffix))
+    if guidance_scale <= 1 or image_guidance_scale not in (1, guidance_scale):
+        yield
+        return
+    needed = 1 if image_guidance_scale == 1 else 2
 
+    def cut(tensor):  # (3 B, ...) to (2 B, ...)
+        branches = tensor.chunk(3)
+        return torch.cat((branches[0], branches[needed]))
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is either there whole or, as before, not there (or the old one)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    def before(_, args, kwargs):
+        latents, timestep = args
+        return (cut(latents), timestep), kwargs | {"encoder_hidden_states": cut(kwargs["encoder_hidden_states"])}
+
+    def after(_, __, output):
+        instruction, other = output[0].chunk(2)
+        return (torch.cat((instruction, other, other)),)
+
+    hooks = [unet.register_forward_pre_hook(before, with_kwargs=True), unet.register_forward_hook(after)]
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        for hook in hooks:
+            hook.remove()
+
+
+def edit_batch(
+    pipeline,
+    instructions: list[str],
+    images: list[Image.Image],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    image_guidance_scale: float,
+    on_step=None,
+) -> list[Image.Image | str]:
+    """Edit B RGB images of one size, which `fit_image` gave: B images of that size, or why there is none.
+
+    Every image draws its noise from a generator of its own, on the CPU, so the draws do not depend on the
+    batch or the device. What remains is rounding: another batch size may sum a matrix product in another
+    order. In float32 the tests hold that to 1/255 a pixel; half precision on a GPU may differ by more.
+
+    `on_step` is diffusers' callback_on_step_end.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    with skip_needless_branch(pipeline.unet, guidance_scale, image_guidance_scale):
+        output = pipeline(
+            instructions,
+            image=images,
+            num_inference_steps=steps,
+            image_guidance_scale=image_guidance_scale,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="np",
+            callback_on_step_end=on_step,
+        )
+    results: list[Image.Image | str] = []
+    for pixels, hidden in zip(output.images, output.nsfw_content_detected or [False] * len(images), strict=True):
+        if hidden:
+            results.append("the model's safety checker withheld the result")
+        elif not np.isfinite(pixels).all():
+            results.append("the model's output is not a number")
+        else:
+            results.append(Image.fromarray((pixels * 255).round().astype(np.uint8)))
+    return results
+
+
+def edit(
+    pipeline,
+    instructions: list[str],
+    images: list[Image.Image],
+    seeds: list[int],
+    *,
+    steps: int,
+    guidance_scale: float,
+    image_guidance_scale: float,
+    resolution: int = 0,
+) -> list[Image.Image]:
+    """Edit B upright RGB images whose sizes agree once padded: B images of the sizes they had.
+
+    A short side above `resolution` is scaled down for the model, 0 for no limit. The noise of an image depends on its
+    seed alone, see `edit_batch`. Raises UserError if an output is not finite, or was withheld by a safety checker.
+    """
+    results = edit_batch(
+        pipeline,
+        instructions,
+        [fit_image(image, resolution, size_multiple(pipeline)) for image in images],
+        seeds,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        image_guidance_scale=image_guidance_scale,
+    )
+    for result in results:
+        if isinstance(result, str):
+            raise UserError(f"{pipeline.name_or_path or 'editing'}: {result}; try another seed or another model")
+    return [restore_image(result, image.size, resolution) for result, image in zip(results, images, strict=True)]
+
+
+# One image, from the command line.
+
+
+def edit_one_image(argv: list[str] | None, description: str, *, instruction: str, output: str, **defaults) -> None:
+    """What cartoonize.py and low_level_image_processing.py do: read an image, edit it, write the result.
+
+    `description` is the script's docstring; `instruction` and `output` are its defaults, as are `defaults`, which
+    `add_sampling_flags` takes. Raises UserError.
+    """
+    parser = Parser(description)
+    group = parser.add_argument_group("image and instruction")
+    group.add_argument("--image", required=True, help="path or URL of the image")
+    group.add_argument("--instruction", default=instruction, help="what to do with it")
+    group.add_argument("--output", default=output, help="file to write: .png, .jpg or .webp")
+    add_sampling_flags(parser, **defaults)
+    args = parser.parse_args(argv)
+    if warning := guidance_warning(args.guidance_scale, args.image_guidance_scale):
+        warn(warning)
+    _check_output(args.output, args.image)
+    check_model(args.model_id)
+    try:
+        image = read_image(args.image)
+    except BadImage as error:
+        raise UserError(f"--image: {args.image}: {error}; give the path or the URL of a whole image file") from None
+
+    pipeline = load_pipeline(args.model_id)
+    pipeline.set_progress_bar_config(disable=None)  # a bar, where there is a terminal to show it
+    [edited] = edit(
+        pipeline,
+        [args.instruction],
+        [image],
+        [args.seed],
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        image_guidance_scale=args.image_guidance_scale,
+        resolution=args.resolution,
+    )
+    path = Path(args.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, encode_image(edited, path.suffix))
+    print(f"wrote {args.output}")
+
+
+def _check_output(path: str, image: str) -> None:
+    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--output: {path} has no ending for an image; use .png, .jpg or .webp")
+    if Path(path).is_dir():
+        raise UserError(f"--output: {path} is a folder; give the name of a file")
+    if Path(path).exists() and Path(image).exists() and Path(path).samefile(image):
+        raise UserError(f"--output: {path} is the input image itself; give another name")
+    check_folder("--output", Path(path).parent)
