@@ -23,6 +23,7 @@ from instruct_pix2pix import publishing as hub
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
 from instruct_pix2pix.data.order import window_positions
+from instruct_pix2pix.data.sources import source_of
 from instruct_pix2pix.data.triples import TripleDataset, Triples, collate, load_triples
 from instruct_pix2pix.models import sd as components
 from instruct_pix2pix.training import checkpoint as checkpoints
@@ -135,7 +136,13 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     components.check_channels(configs, expected_in_channels, args.pretrained_model_name_or_path)
     latent_side = components.check_resolution(configs, args.resolution)
     with accelerator.local_main_process_first():
-        triples = load_triples(args, show_progress=accelerator.is_local_main_process)
+        where = {"cache_dir": args.cache_dir, "token": args.hub_token}
+        triples = load_triples(
+            source_of(args, "--dataset_name", "--train_data_dir", **where),
+            seed=args.seed,
+            max_rows=args.max_train_samples,
+            show_progress=accelerator.is_local_main_process,
+        )
     if args.conditioning_dropout_prob == 0:
         logger.warning("--conditioning_dropout_prob 0: the model never learns to be guided, guidance will not work")
 
