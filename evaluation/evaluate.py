@@ -95,34 +95,36 @@ def edit(pipeline, triples: list[dict], args) -> None:
     """Add "model", "identity_through_vae" and "vae_ceiling" to every triple, uint8 arrays like the rest."""
     import numpy as np
     import torch
+    from PIL import Image
     from tqdm.auto import tqdm
 
-    def to_tensor(images):
-        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return pixels.to(pipeline.device, pipeline.vae.dtype)
+    from instruct_pix2pix.data.triples import to_unit_range
+
+    multiple = editing.size_multiple(pipeline)
 
     @torch.no_grad()
     def through_vae(images):
-        decoded = pipeline.vae.decode(pipeline.vae.encode(to_tensor(images)).latent_dist.mode()).sample
-        return ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        padded = np.stack([editing.fit_image(image, 0, multiple) for image in images])
+        pixels = to_unit_range(torch.from_numpy(padded).permute(0, 3, 1, 2)).to(pipeline.device, pipeline.vae.dtype)
+        decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample.float()
+        decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return decoded[:, : args.resolution, : args.resolution]
 
     progress = tqdm(total=len(triples), desc="Editing", unit="image")
     for start in range(0, len(triples), args.batch_size):
         batch = triples[start : start + args.batch_size]
-        inputs = [triple["input"] for triple in batch]
-        edited = pipeline(
+        inputs, targets = ([Image.fromarray(triple[kind]) for triple in batch] for kind in ("input", "target"))
+        edited = editing.edit(
+            pipeline,
             [triple["instruction"] for triple in batch],
-            image=(to_tensor(inputs) + 1) / 2,
-            num_inference_steps=args.num_inference_steps,
-            image_guidance_scale=args.image_guidance_scale,
+            inputs,
+            [args.seed + start + i for i in range(len(batch))],
+            steps=args.num_inference_steps,
             guidance_scale=args.guidance_scale,
-            generator=[torch.Generator().manual_seed(args.seed + start + i) for i in range(len(batch))],
-            output_type="np",
-        ).images
-        copies, ceilings = through_vae(inputs), through_vae([triple["target"] for triple in batch])
-        for triple, image, copy, ceiling in zip(batch, edited, copies, ceilings, strict=True):
-            triple["model"] = (image * 255).round().astype(np.uint8)
-            triple["identity_through_vae"], triple["vae_ceiling"] = copy, ceiling
+            image_guidance_scale=args.image_guidance_scale,
+        )
+        for triple, image, copy, ceiling in zip(batch, edited, through_vae(inputs), through_vae(targets), strict=True):
+            triple |= {"model": np.asarray(image), "identity_through_vae": copy, "vae_ceiling": ceiling}
         progress.update(len(batch))
     progress.close()
 
@@ -175,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
 
     datasets.disable_progress_bars()
     triples = read_split(args)
-    pipeline = editing.load_pipeline(args.model, "--model")
+    pipeline = editing.load_pipeline(args.model, "--model", safety_checker=None)
 
     started = time.perf_counter()
     edit(pipeline, triples, args)

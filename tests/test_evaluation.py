@@ -181,6 +181,12 @@ def test_an_evaluation_measures_the_model_beside_its_bounds(dataset, base_models
     assert repeated["psnr_model_db"] == pytest.approx(found["psnr_model_db"], abs=0.01)
 
 
+def test_a_side_that_the_model_cannot_take_is_padded_and_measured_whole(dataset, base_models, tmp_path):
+    flags = [f"--model={base_models['finetune']}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'out'}"]
+    evaluate.main([*flags, "--resolution=61", "--num_inference_steps=1", "--max_samples=1"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

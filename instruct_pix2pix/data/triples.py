@@ -40,14 +40,14 @@ class Triples:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def first_instruction(self) -> str:
+        return instructions_of(self.rows[int(self.indices[0])], self, int(self.indices[0]))[0]
+
     def tasks(self) -> list[str]:
         """The task of each row in use; "all" for rows that name none."""
         if not isinstance(self.rows.features.get(TASK_COLUMN), datasets.Value):
             return ["all"] * len(self)
         return [task or "all" for task in self.rows.select_columns([TASK_COLUMN])[self.indices][TASK_COLUMN]]
-
-    def first_instruction(self) -> str:
-        return instructions_of(self.rows[int(self.indices[0])], self, int(self.indices[0]))[0]
 
 
 def load_triples(
