@@ -23,15 +23,7 @@ from instruct_pix2pix.files import check_folder, write_bytes, write_json
 
 KINDS = ("identity", "identity_through_vae", "vae_ceiling", "model")
 # What metrics.json says about how the edits were made.
-SETTINGS = (
-    "split",
-    "wordings_from",
-    "resolution",
-    "num_inference_steps",
-    "image_guidance_scale",
-    "guidance_scale",
-    "seed",
-)
+SETTINGS = "split wordings_from resolution num_inference_steps image_guidance_scale guidance_scale seed".split()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = edit.add_argument
     add("--resolution", type=whole_number(1), default=256, help="Short side to this, then the square in the middle.")
     add("--num_inference_steps", type=whole_number(1), default=20, help="Denoising steps.")
-    editing.add_guidance_flags(edit, guidance_scale=7.0, image_guidance_scale=1.5)
+    editing.add_guidance_flags(edit)
     add("--batch_size", type=whole_number(1), default=8, help="Images per pass.")
     add("--seed", type=whole_number(0), default=0, help="Seed; every image has a generator of its own.")
     return parser.parse_args(argv)

@@ -23,14 +23,7 @@ if TYPE_CHECKING:
 COLUMN_NAMES = {
     "original_image": ("input_image", "original_image", "source_image", "source_img", "image", "input"),
     "edit_prompt": ("edit_prompt", "instruction", "prompt", "text", "caption"),
-    "edited_image": (
-        "edited_image",
-        "cartoonized_image",
-        "ground_truth_image",
-        "target_image",
-        "target_img",
-        "output",
-    ),
+    "edited_image": ("edited_image", "cartoonized_image", "ground_truth_image", "target_image", "target_img", "output"),
 }
 TASK_COLUMN = "task"  # where rows of several tasks are mixed, the name of each row's
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -227,9 +220,8 @@ def _read_paired_folders(folder: Path, source: Source) -> dict[str, list]:
     alone = sorted(sides["original"].keys() ^ sides["edited"].keys())
     if alone:
         side = "original" if alone[0] in sides["original"] else "edited"
-        raise UserError(
-            f"{source}: {len(alone)} image(s) without a partner of the same name, the first {side}/{alone[0]}"
-        )
+        partnerless = f"{len(alone)} image(s) without a partner of the same name, the first {side}/{alone[0]}"
+        raise UserError(f"{source}: {partnerless}")
     names = list(sides["original"])
     metadata, wordings, column = _metadata_file(folder), folder / "instructions.txt", "edit_prompt"
     if metadata:
@@ -253,9 +245,8 @@ def _read_paired_folders(folder: Path, source: Source) -> dict[str, list]:
             raise UserError(f"{source}: instructions.txt is empty; write one wording a line")
         prompts = [lines for _ in names]
     else:
-        raise UserError(
-            f"{source} has no instructions; add instructions.txt (wordings for all pairs) or metadata.jsonl"
-        )
+        remedy = "add instructions.txt (wordings for all pairs) or metadata.jsonl"
+        raise UserError(f"{source} has no instructions; {remedy}")
     return {
         "original_image": [sides["original"][name] for name in names],
         column: prompts,
