@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import datasets
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 
 from instruct_pix2pix.cli import RowError, UserError
-from instruct_pix2pix.data.triples import COLUMN_NAMES, TripleDataset, collate, find_columns, load_triples
+from instruct_pix2pix.data.sources import COLUMN_NAMES, Source, find_columns, source_of
+from instruct_pix2pix.data.triples import TripleDataset, Triples, collate, load_triples, open_pair
 
 
 def options(**changes) -> SimpleNamespace:
@@ -33,8 +35,15 @@ def options(**changes) -> SimpleNamespace:
     return SimpleNamespace(**{**values, **changes})
 
 
+def triples_of(args) -> Triples:
+    """What training reads with these flags."""
+    where = {"cache_dir": args.cache_dir, "token": args.hub_token}
+    source = source_of(args, "--dataset_name", "--train_data_dir", **where)
+    return load_triples(source, args.seed, args.max_train_samples)
+
+
 def samples_of(args, count: int = 4) -> list[dict]:
-    dataset = TripleDataset(load_triples(args), args, latent_shape=(4, 16, 16), num_timesteps=1000)
+    dataset = TripleDataset(triples_of(args), args, latent_shape=(4, 16, 16), num_timesteps=1000)
     return [dataset[position] for position in range(count)]
 
 
@@ -122,7 +131,7 @@ def test_metadata_with_column_names_of_its_own(columns, photos, tmp_path):
 
 def test_paired_folders_draw_a_wording_per_pair_and_epoch(pairs):
     args = options(train_data_dir=str(pairs))
-    dataset = TripleDataset(load_triples(args), args, (4, 16, 16), 1000)
+    dataset = TripleDataset(triples_of(args), args, (4, 16, 16), 1000)
     first = [dataset[i]["instruction"] for i in range(10)]
     later = [dataset[i]["instruction"] for i in range(10, 60)]
     assert {"blur it", "make it blurry"} == set(first) == set(later)
@@ -142,7 +151,7 @@ def test_paired_folders_with_a_metadata_file_give_each_pair_its_own_instruction(
 def test_a_sample_does_not_depend_on_what_was_read_before(pairs):
     args = options(train_data_dir=str(pairs))
     forwards = samples_of(args, 12)
-    dataset = TripleDataset(load_triples(args), args, (4, 16, 16), 1000)
+    dataset = TripleDataset(triples_of(args), args, (4, 16, 16), 1000)
     for position in reversed(range(12)):
         for key, value in dataset[position].items():
             same = (
@@ -188,9 +197,13 @@ def test_the_published_pairing_of_uncut_photo_and_cut_cartoon_is_aligned(tmp_pat
 
 def test_max_train_samples_takes_a_seeded_subset(pairs):
     chosen = {
-        tuple(load_triples(options(train_data_dir=str(pairs), max_train_samples=4, seed=s)).indices) for s in range(5)
+        tuple(triples_of(options(train_data_dir=str(pairs), max_train_samples=4, seed=s)).indices) for s in range(5)
     }
     assert all(len(c) == 4 for c in chosen) and len(chosen) > 1
+    assert load_triples(Source(str(pairs), "--dataset"), max_rows=4).indices.tolist() == [0, 1, 2, 3]
+
+
+SOURCE = Source("x", "--dataset_name")
 
 
 @pytest.mark.parametrize(
@@ -204,17 +217,17 @@ def test_max_train_samples_takes_a_seeded_subset(pairs):
     ],
 )
 def test_columns_are_found_by_name(columns):
-    found = find_columns(["id", "task", *columns, "original_prompt"], options(), "--dataset_name: x")
+    found = find_columns(["id", "task", *columns, "original_prompt"], SOURCE)
     assert tuple(found.values()) == columns
 
 
 def test_unknown_and_ambiguous_columns_list_what_there_is():
     with pytest.raises(UserError, match="--edited_image_column.*no column.*photo, words"):
-        find_columns(["input_image", "edit_prompt", "photo", "words"], options(), "x")
+        find_columns(["input_image", "edit_prompt", "photo", "words"], SOURCE)
     with pytest.raises(UserError, match=r"--original_image_column.*several.*input_image, original_image"):
-        find_columns(["input_image", "original_image", "edit_prompt", "edited_image"], options(), "x")
+        find_columns(["input_image", "original_image", "edit_prompt", "edited_image"], SOURCE)
     with pytest.raises(UserError, match="--edit_prompt_column: caption is not a column; there are a, b"):
-        find_columns(["a", "b"], options(original_image_column="a", edit_prompt_column="caption"), "x")
+        find_columns(["a", "b"], replace(SOURCE, original_image_column="a", edit_prompt_column="caption"))
     assert set(COLUMN_NAMES) == {"original_image", "edit_prompt", "edited_image"}
 
 
@@ -236,6 +249,51 @@ configs:
 """
 
 
+@pytest.mark.parametrize("layout", ["built", "split_dict", "saved split", "original/edited", "metadata.csv"])
+def test_any_split_is_read_and_a_missing_one_named(layout, photos, pairs, cartoon_rows, tmp_path):
+    """Three rows in the split test, the first of them the second photo."""
+    folder, expected = tmp_path / "data", cartoon_rows.select(range(1, 4))
+    if layout == "built":
+        cartoon_rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        expected.to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+        (folder / "README.md").write_text(CARD[:-4] + "  - split: test\n    path: data/test-*.parquet\n---\n")
+    elif layout == "split_dict":
+        datasets.DatasetDict({"train": cartoon_rows, "test": expected}).save_to_disk(folder)
+    elif layout == "saved split":
+        expected.to_parquet(tmp_path / "files" / "test.parquet")
+        datasets.load_dataset(str(tmp_path / "files"), split="test").save_to_disk(folder)
+    elif layout == "original/edited":
+        shutil.copytree(pairs, folder)  # its own pairs are train
+        shutil.copytree(pairs, folder / "test")
+        for side in ("original", "edited"):
+            for number in (0, *range(4, 10)):
+                (folder / "test" / side / f"{number}.png").unlink()
+    else:
+        write_metadata(folder / "train", photos, layout)
+        write_metadata(folder / "test", photos[1:4], layout)
+    source = Source(str(folder), "FOLDER", split="test")
+    triples = load_triples(source)
+    assert len(triples) == 3 and open_pair(triples, 0)[1].tobytes() == photos[1].tobytes()
+    assert len(load_triples(replace(source, split="train"))) == (3 if layout == "saved split" else 10)
+    with pytest.raises(UserError, match="FOLDER: .*data has no split named held_out, only .*train"):
+        load_triples(replace(source, split="held_out"))
+
+
+def test_a_folder_of_pairs_without_splits_is_the_split_train(pairs):
+    with pytest.raises(UserError, match="has no split named test, only train"):
+        load_triples(Source(str(pairs), "--dataset", split="test"))
+
+
+def test_tasks_are_those_of_the_rows_in_use(cartoon_rows, tmp_path):
+    rows = cartoon_rows.add_column("task", [f"task {number}" for number in range(9)] + [None])
+    rows.save_to_disk(tmp_path / "tasks")
+    cartoon_rows.save_to_disk(tmp_path / "none")
+    assert load_triples(Source(str(tmp_path / "none"), "--dataset"), max_rows=2).tasks() == ["all", "all"]
+    triples = load_triples(Source(str(tmp_path / "tasks"), "--dataset"), seed=1, max_rows=4)
+    assert triples.tasks() == [f"task {i}" if i < 9 else "all" for i in triples.indices]
+    assert load_triples(Source(str(tmp_path / "tasks"), "--dataset")).tasks()[-1] == "all"
+
+
 def test_folders_of_one_name_and_card_are_not_mistaken_for_each_other(cartoon_rows, tmp_path):
     def build(place: str, number: int) -> str:
         folder = tmp_path / place / "dataset"
@@ -244,7 +302,7 @@ def test_folders_of_one_name_and_card_are_not_mistaken_for_each_other(cartoon_ro
         return str(folder)
 
     def length(folder: str) -> int:
-        return len(load_triples(options(dataset_name=folder, cache_dir=str(tmp_path / "cache"))).rows)
+        return len(triples_of(options(dataset_name=folder, cache_dir=str(tmp_path / "cache"))).rows)
 
     first, second = build("first", 2), build("second", 3)
     assert [length(first), length(second), length(first)] == [2, 3, 2]
@@ -254,7 +312,7 @@ def test_folders_of_one_name_and_card_are_not_mistaken_for_each_other(cartoon_ro
 
 def error_of(**changes) -> str:
     with pytest.raises(UserError) as caught:
-        load_triples(options(**changes))
+        triples_of(options(**changes))
     message = str(caught.value)
     assert "\n" not in message
     return message

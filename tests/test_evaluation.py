@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -11,6 +12,10 @@ from PIL import Image
 
 from evaluation import evaluate
 from instruct_pix2pix import metrics
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.data.geometry import align_original, crop_pair, whitebox_size
+from instruct_pix2pix.data.sources import Source
+from instruct_pix2pix.data.triples import TripleDataset, load_triples
 from tests.conftest import ROOT
 
 
@@ -55,43 +60,84 @@ def dataset(tmp_path, photos):
     return folder
 
 
+def read(folder, *flags) -> list[dict]:
+    return evaluate.read_split(evaluate.parse_args(["--model=m", f"--dataset={folder}", "--resolution=64", *flags]))
+
+
+def one_pair(folder, original, edited):
+    """A dataset folder whose split test is this pair."""
+    for side, image in (("original", original), ("edited", edited)):
+        (folder / "test" / side).mkdir(parents=True)
+        image.save(folder / "test" / side / "0.png")
+    (folder / "test" / "instructions.txt").write_text("edit it\n")
+    return folder
+
+
+def assert_pixels_of_training(folder, split="test"):
+    """What is measured is what a training with --center_crop sees."""
+    seen = read(folder, f"--split={split}")
+    args = SimpleNamespace(resolution=64, image_geometry="resize_crop", center_crop=True, random_flip=False, seed=0)
+    triples = load_triples(Source(str(folder), "--dataset_name", split=split))
+    trained_on = TripleDataset(triples, args, latent_shape=(4, 8, 8), num_timesteps=1000)
+    assert len(seen) == len(trained_on.triples)
+    for position in range(len(seen)):
+        row, sample = seen[trained_on.order.locate(position)[1]], trained_on[position]
+        assert np.array_equal(row["input"], sample["original"].permute(1, 2, 0))
+        assert np.array_equal(row["target"], sample["edited"].permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("kind", ["transparent", "16-bit", "odd crop margin"])
+def test_pixels_are_those_of_training(kind, photos, tmp_path):
+    photo = photos[0].resize((101, 64))  # 37 columns too many
+    original = photo
+    if kind == "transparent":
+        original = photo.convert("RGBA")
+        original.putalpha(Image.linear_gradient("L").resize(photo.size))
+    elif kind == "16-bit":
+        original = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 257)
+    assert_pixels_of_training(one_pair(tmp_path / "data", original, photo))
+
+
+def test_folders_of_pairs_and_metadata_files_are_read_as_in_training(pairs, photos, tmp_path):
+    assert_pixels_of_training(pairs, split="train")
+    photos[0].save(tmp_path / "photo.png")
+    (tmp_path / "pairs.csv").write_text("input_image,edit_prompt,edited_image\nphoto.png,copy it,photo.png\n")
+    assert_pixels_of_training(tmp_path / "pairs.csv", split="train")
+    with pytest.raises(UserError, match="--dataset: .* has no split named test, only train"):
+        read(pairs)
+
+
 @pytest.mark.parametrize("size", [(500, 375), (1000, 750), (750, 1001), (96, 64), (300, 200)])
-def test_pairs_are_aligned_as_in_training(size, photos):
+def test_pairs_are_aligned_as_in_training(size, photos, tmp_path):
     """The published cartoons' cut, a scaled target, equal sizes."""
-    from instruct_pix2pix.data import geometry
-
     photo = photos[0].resize(size)
-    for target in (geometry.whitebox_size(*size)[1], (size[0] // 2, size[1] // 2), size):
-        expected = geometry.align_original(photo, target)
-        assert np.array_equal(evaluate.aligned(photo, Image.new("RGB", target)), expected)
-    with pytest.raises(ValueError, match="one aspect ratio"):
-        evaluate.aligned(photo, Image.new("RGB", (size[0], size[1] // 2)))
+    for number, target in enumerate((whitebox_size(*size)[1], (size[0] // 2, size[1] // 2), size)):
+        folder = one_pair(tmp_path / str(number), photo, Image.new("RGB", target))
+        aligned = align_original(photo, target)
+        expected, _ = crop_pair(aligned, aligned, 64, "resize_crop", True, False, np.random.default_rng(0))
+        assert np.array_equal(read(folder)[0]["input"], expected)
+        assert_pixels_of_training(folder)
+    with pytest.raises(UserError, match="row 0, column edited_image: .*one aspect ratio"):
+        read(one_pair(tmp_path / "other", photo, Image.new("RGB", (size[0], size[1] // 2))))
 
 
-def test_columns_of_other_names_are_named_by_flags(dataset, capsys):
+def test_columns_of_other_names_are_named_by_flags(dataset):
     rows = datasets.load_dataset(str(dataset), split="test").rename_columns(
         {"instruction": "words", "input_image": "before", "ground_truth_image": "after"}
     )
     other = dataset.parent / "other"
     rows.to_parquet(other / "test.parquet")
-    flags = ["--model=m", f"--dataset={other}", "--resolution=64", "--edit_prompt_column=words"]
-    with pytest.raises(SystemExit):
-        evaluate.load_triples(evaluate.parse_args(flags))
-    assert "name source, instruction and target with --original_image_column" in capsys.readouterr().err
-    named = [*flags, "--original_image_column=before", "--edited_image_column=after"]
-    args = evaluate.parse_args([f"--dataset={dataset}", "--model=m", "--resolution=64"])
-    for one, expected in zip(
-        evaluate.load_triples(evaluate.parse_args(named)), evaluate.load_triples(args), strict=True
-    ):
+    with pytest.raises(UserError, match="--original_image_column: no column has a known name; name one of words, bef"):
+        read(other, "--edit_prompt_column=words")
+    named = read(other, "--edit_prompt_column=words", "--original_image_column=before", "--edited_image_column=after")
+    for one, expected in zip(named, read(dataset), strict=True):
         assert one["instruction"] == expected["instruction"]
         assert np.array_equal(one["input"], expected["input"]) and np.array_equal(one["target"], expected["target"])
 
 
 def test_wordings_are_the_splits_own_in_turn_or_another_splits(dataset):
-    args = evaluate.parse_args(["--model=m", f"--dataset={dataset}", "--resolution=64"])
-    assert [t["instruction"] for t in evaluate.load_triples(args)] == ["darken it", "make it darker", "darken it"]
-    args.wordings_from = "train"
-    seen = [triple["instruction"] for triple in evaluate.load_triples(args)]
+    assert [row["instruction"] for row in read(dataset)] == ["darken it", "make it darker", "darken it"]
+    seen = [row["instruction"] for row in read(dataset, "--wordings_from=train")]
     assert seen == ["seen wording, dark", "seen wording, dark", "seen wording, other"]
 
 
@@ -99,11 +145,10 @@ def test_a_dataset_built_anew_is_read_anew(dataset):
     (dataset / "README.md").write_text(
         "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: test\n    path: test.parquet\n---\n"
     )
-    args = evaluate.parse_args(["--model=m", f"--dataset={dataset}", "--resolution=64"])
-    assert len(evaluate.load_triples(args)) == 3
+    assert len(read(dataset)) == 3
     rows = datasets.Dataset.from_parquet(str(dataset / "test.parquet"), keep_in_memory=True)
     rows.select([0]).to_parquet(dataset / "test.parquet")
-    assert len(evaluate.load_triples(args)) == 1
+    assert len(read(dataset)) == 1
 
 
 def test_an_evaluation_measures_the_model_beside_its_bounds(dataset, base_models, tmp_path, capsys, photos):
@@ -136,40 +181,43 @@ def test_an_evaluation_measures_the_model_beside_its_bounds(dataset, base_models
     assert repeated["psnr_model_db"] == pytest.approx(found["psnr_model_db"], abs=0.01)
 
 
+def test_a_side_that_the_model_cannot_take_is_padded_and_measured_whole(dataset, base_models, tmp_path):
+    flags = [f"--model={base_models['finetune']}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'out'}"]
+    evaluate.main([*flags, "--resolution=61", "--num_inference_steps=1", "--max_samples=1"])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model=/no/such"], "--model: /no/such is not a folder"),
-        (["--split=held_out"], "--dataset:"),
+        (["--model=/no/such"], "--model: /no/such is no"),
+        (["--split=held_out"], "has no split named held_out, only train, test"),
         (["--batch_size=0"], "--batch_size: 0 is too small"),
     ],
 )
-def test_mistakes_are_one_line(flags, message, dataset, base_models, capsys):
-    with pytest.raises(SystemExit) as caught:
+def test_mistakes_are_one_line(flags, message, dataset, base_models):
+    with pytest.raises(UserError) as caught:
         evaluate.main([f"--model={base_models['finetune']}", f"--dataset={dataset}", *flags])
-    error = capsys.readouterr().err
-    assert caught.value.code == 2 and message in error and error.strip().count("\n") == 0
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_rows_that_cannot_be_used_are_one_line(dataset, capsys):
-    def error_of(*flags) -> str:
-        with pytest.raises(SystemExit) as caught:
-            evaluate.load_triples(evaluate.parse_args(["--model=m", "--resolution=64", *flags]))
-        error = capsys.readouterr().err
-        assert caught.value.code == 2 and error.count("\n") == 1
-        return error
+def test_rows_that_cannot_be_used_are_one_line(dataset):
+    def error_of(folder, *flags) -> str:
+        with pytest.raises(UserError) as caught:
+            read(folder, *flags)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
 
     rows = datasets.load_dataset(str(dataset), split="test")
-    for number, column in enumerate(("instruction", "ground_truth_image")):
-        folder = dataset.parent / f"without-{number}"
+    problems = {"instruction": "None is not an instruction", "ground_truth_image": "not a readable image (no image)"}
+    for column, problem in problems.items():
+        folder = dataset.parent / f"without-{column}"
         rows.map(lambda row, name=column: {name: None}).to_parquet(folder / "test.parquet")
-        assert f"row 0 of {folder}: column {column} holds" in error_of(f"--dataset={folder}")
-    assert "column task holds no image" in error_of(f"--dataset={dataset}", "--original_image_column=task",
-                                                    "--edit_prompt_column=instruction",
-                                                    "--edited_image_column=ground_truth_image")  # fmt: skip
+        assert f"--dataset: {folder}: row 0, column {column}: {problem}" in error_of(folder)
+    assert "column task: not a readable image" in error_of(dataset, "--original_image_column=task")
     rows.filter(lambda row: row["task"] == "dark").to_parquet(dataset / "train.parquet")
     message = "--wordings_from: train has no instruction for the task other"
-    assert message in error_of(f"--dataset={dataset}", "--wordings_from=train")
+    assert message in error_of(dataset, "--wordings_from=train")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from instruct_pix2pix.cli import Parser, UserError, guidance
 from instruct_pix2pix.data.geometry import GEOMETRIES, crop_is_fixed
+from instruct_pix2pix.data.sources import add_source_flags
 from instruct_pix2pix.images import is_url
 
 LR_SCHEDULERS = (
@@ -54,18 +55,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="Hub id of a dataset of triples, or a local folder: parquet, save_to_disk, an image folder with"
         " metadata naming two images a row, JSONL with image paths, or original/ and edited/.",
     )
-    add("--dataset_config_name", help="Configuration of the dataset, where it has several.")
     add(
         "--train_data_dir",
         help="Local folder with original/ and edited/ (equal file names) and instructions.txt or a metadata"
         " file; anything --dataset_name takes as a local folder works too. Ignored with --dataset_name.",
     )
-    add("--original_image_column", help="Column of the source image; found by name when left out.")
-    add(
-        "--edit_prompt_column",
-        help="Column of the instruction, a string or a list of wordings; found by name.",
-    )
-    add("--edited_image_column", help="Column of the edited image; found by name when left out.")
+    add_source_flags(data)
     add("--max_train_samples", type=int, help="Train on this many rows, drawn with the seed.")
     add(
         "--dataloader_num_workers",

@@ -19,6 +19,7 @@ from instruct_pix2pix import publishing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
 from instruct_pix2pix.data.order import SampleOrder, window_positions
+from instruct_pix2pix.data.sources import source_of
 from instruct_pix2pix.data.triples import TripleDataset, Triples, collate, diffusion_draws, load_triples
 from instruct_pix2pix.models import sd
 from instruct_pix2pix.training import checkpoint as checkpoints
@@ -147,7 +148,8 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     sd.check_channels(configs, expected_in_channels, args.pretrained_model_name_or_path)
     latent_side = sd.check_resolution(configs, args.resolution)
     with accelerator.local_main_process_first():
-        triples = load_triples(args, seed, show_progress=accelerator.is_local_main_process)
+        source = source_of(args, "--dataset_name", "--train_data_dir", cache_dir=args.cache_dir, token=args.hub_token)
+        triples = load_triples(source, seed, args.max_train_samples, accelerator.is_local_main_process)
     config = resolve(args, accelerator, seed, rows=len(triples))
     _say_what_is_unusual(config)
     if checkpoint is not None:

@@ -69,6 +69,8 @@ def validate(run, step: int) -> None:
                 "no validation: editing %d images at a time needs more memory; lower --num_validation_images",
                 run.config.num_validation_images,
             )
+        except UserError as error:  # pictures that are none must not end a training
+            logger.warning("no validation: %s", error)
         for model, device in zip(frozen, rested, strict=True):
             model.to(device)
     run.accelerator.wait_for_everyone()
