@@ -495,7 +495,7 @@ def test_validation_shows_pictures_and_changes_nothing(small_run):
     sheets = sorted((watched / "validation").iterdir())
     assert [sheet.name for sheet in sheets] == ["step-000002.png", "step-000004.png"]
     width, height = Image.open(sheets[0]).size
-    assert height == 128 and width > 3 * 128
+    assert height > 128 and width > 3 * 128  # three pictures, the instruction below
     events = next((watched / "logs").rglob("events.out.tfevents.*")).read_bytes()
     assert b"validation" in events and b"grad_norm" in events and b"images_per_second" in events
 

@@ -1,1 +1,1 @@
-"""Building datasets: photos and public sets in, parquet shards with a card out, for the scripts of data_preparation/."""
+"""Building datasets: photos and public sets in, parquet shards with a card out. Scripts: data_preparation/."""
