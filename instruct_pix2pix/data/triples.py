@@ -27,8 +27,8 @@ ROWS_CHECKED = 10_000
 
 @dataclass
 class Triples:
-    """Checked rows. `rows` is a datasets.Dataset of the three columns named, images undecoded, and `task` where there
-    is one; `indices` (N,) are the rows in use; `source` is how messages call it."""
+    """Checked rows. `rows` is a datasets.Dataset of the three columns named, images undecoded, and a `task` if there is
+    one; `indices` (N,) are the rows in use; `source` is how messages call it."""
 
     rows: datasets.Dataset
     indices: np.ndarray
