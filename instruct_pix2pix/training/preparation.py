@@ -101,8 +101,6 @@ def start_accelerator(args) -> Accelerator:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
     if precision == "fp16" and on_cpu:
         raise UserError("--mixed_precision: fp16 needs a GPU and none is in use; use bf16 or no")
-    if args.use_8bit_adam and not torch.cuda.is_available():
-        raise UserError("--use_8bit_adam: bitsandbytes' AdamW needs a CUDA GPU; leave the flag out")
     accelerator = Accelerator(
         mixed_precision=precision,
         log_with=trackers(args) or None,
