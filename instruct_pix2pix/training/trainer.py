@@ -141,6 +141,8 @@ def update(args, accelerator: Accelerator, plan: Plan, training: Training, step:
         training.one_pass.set_rate(learning_rate)
         grad_norm = training.one_pass.step()
     else:
+        if training.ema is not None:
+            training.ema.finish_update()
         grad_norm = clip_gradients(args, accelerator, training)
         for group in training.optimizer.param_groups:
             group["lr"] = learning_rate
