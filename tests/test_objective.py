@@ -1,5 +1,6 @@
 """The mathematics: noise, targets, weights, dropout, EMA, the widened UNet."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -133,6 +134,63 @@ def test_offloaded_ema_lives_in_cpu_memory_and_gives_the_same_average():
     for ema in (plain, offloaded):
         ema.update(), ema.update()
     assert torch.equal(plain.shadow[0], offloaded.shadow[0]) and offloaded.shadow[0].device.type == "cpu"
+
+
+def train_and_average(ema, updates=12):
+    """Steps of SGD, as a training loop runs them; returns the average after each third one, and at the end."""
+    optimizer = torch.optim.SGD(ema.live, lr=0.1)
+    seen = []
+    for number in range(1, updates + 1):
+        for parameter in ema.live:
+            parameter.grad = torch.full_like(parameter, number)
+        ema.finish_update()
+        optimizer.step()
+        ema.update()
+        if number % 3 == 0:
+            seen += [s.clone() for s in ema.shadow]
+    with ema.swapped_in():
+        return seen + [p.detach().cpu() for p in ema.live]
+
+
+class LateCopies:
+    """A stream and an event of a GPU that copies at the last moment: when someone waits for it."""
+
+    def __init__(self):
+        self.queue = []
+
+    def wait_stream(self, stream):
+        pass
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        while self.queue:
+            self.queue.pop(0)()
+
+
+def test_offloaded_ema_waits_for_its_copy_of_the_weights(monkeypatch):
+    """Where the copy runs beside the next update it holds the weights of its own, however late it is."""
+    plain, offloaded = (EMA([torch.nn.Parameter(torch.ones(3))], 0.9, offload=True) for _ in range(2))
+    expected = train_and_average(plain)
+    late, copy = LateCopies(), torch.no_grad()(torch._foreach_copy_)
+    offloaded._landing, offloaded._stream, offloaded._copied = [torch.full((3,), torch.nan)], late, late
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *lists, **_: late.queue.append(lambda: copy(*lists)))
+    torch.testing.assert_close(train_and_average(offloaded), expected, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_ema_of_weights_on_a_gpu_is_the_same_average():
+    def model():
+        torch.manual_seed(0)
+        layers = (torch.nn.Conv2d(64, 256, 3), torch.nn.Linear(2048, 2048))
+        return torch.nn.Sequential(*layers).cuda().to(memory_format=torch.channels_last).parameters()
+
+    expected, averages = (train_and_average(EMA(model(), 0.9, offload)) for offload in (False, True))
+    torch.testing.assert_close(averages, [average.cpu() for average in expected])
 
 
 def test_sample_order_visits_every_row_once_an_epoch_and_anew_each_epoch():

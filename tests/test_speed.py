@@ -1,7 +1,6 @@
-"""Micro-batches, compilation, memory and checkpoints in the background: faster, and the same numbers."""
+"""Micro-batches, compilation and memory: faster, and the same numbers."""
 
 import logging
-import threading
 import types
 from functools import partial
 
@@ -221,63 +220,3 @@ def test_out_of_memory_names_the_flags_that_help_and_keeps_the_updates(small_run
     flags = {"use_ema": True, "gradient_checkpointing": True}
     resumed = small_run(resume_from_checkpoint="latest", **flags)
     assert_same_tensors(resumed / UNET, small_run(name="whole", **flags) / UNET)
-
-
-# ---- checkpoints in the background
-
-
-def test_training_goes_on_while_a_checkpoint_is_written(small_run, monkeypatch):
-    """The checkpoint of update 2 is held up until update 3 is done, and still holds update 2."""
-    flags = {"use_ema": True, "checkpointing_steps": 2}
-    first = small_run(name="first", max_train_steps=2, **flags) / "checkpoint-2"
-
-    update, write, third_is_done, calls = speed.Update.run, checkpoints._write, threading.Event(), []
-
-    def noted_update(*arguments):
-        result = update(*arguments)
-        calls.append(None)
-        if len(calls) == 3:
-            third_is_done.set()
-        return result
-
-    def late_write(*arguments):
-        assert third_is_done.wait(timeout=60)
-        write(*arguments)
-
-    monkeypatch.setattr(speed.Update, "run", noted_update)
-    monkeypatch.setattr(checkpoints, "_write", late_write)
-    late = small_run(name="late", max_train_steps=3, **flags) / "checkpoint-2"
-    for file in (UNET, "ema.safetensors", "optimizer.safetensors"):
-        assert_same_tensors(first / file, late / file)
-
-
-def test_a_checkpoint_that_cannot_be_copied_is_written_at_once(small_run, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, logger="instruct_pix2pix")
-    monkeypatch.setattr(checkpoints, "SHARE_OF_MEMORY", 0)
-    at_once = small_run(name="at_once", use_ema=True, checkpointing_steps=2)
-    assert "checkpoint-2 is written while training waits" in caplog.text
-    copied = small_run(name="copied", use_ema=True, checkpointing_steps=2)
-    for file in (UNET, "ema.safetensors", "optimizer.safetensors"):
-        for step in (2, 4):
-            first, second = (run / f"checkpoint-{step}" / file for run in (at_once, copied))
-            assert_same_tensors(first, second)
-
-
-def test_moments_come_back_laid_out_as_their_parameters_are():
-    """channels_last, which --compile uses on a GPU: kernels that fuse tensors want one layout."""
-
-    def build(layout):
-        model = torch.nn.Conv2d(4, 8, 3).to(memory_format=layout)
-        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        model(torch.ones(1, 4, 5, 5)).sum().backward()
-        optimizer.step()
-        return model, optimizer
-
-    model, optimizer = build(torch.contiguous_format)
-    names = [name for name, _ in model.named_parameters()]
-    tensors, rest = checkpoints._flatten_optimizer(optimizer, names)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    model, optimizer = build(torch.channels_last)
-    checkpoints._restore_optimizer(optimizer, names, tensors, rest)
-    moment = optimizer.state[model.weight]["exp_avg"]
-    assert moment.stride() == model.weight.stride() and torch.equal(moment, tensors["weight/exp_avg"])

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -141,95 +140,7 @@ def test_flags_that_change_on_resume_are_named(small_run, caplog):
     assert "learning_rate 0.001 -> 0.0005" in caplog.text
 
 
-# ---- checkpoints
-
-
-def test_only_the_newest_checkpoints_are_kept_and_stay_so_on_resume(small_run):
-    output_dir = small_run(checkpointing_steps=1, checkpoints_total_limit=2)
-    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-3", "checkpoint-4"]
-    small_run(max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=2, resume_from_checkpoint="latest")
-    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-5", "checkpoint-6"]
-
-
-def test_a_failure_while_a_checkpoint_is_written_leaves_the_last_one_in_use(small_run, monkeypatch):
-    real, calls = checkpoints.write_json, []
-
-    def fail_the_second_time(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise OSError("No space left on device")
-        real(*arguments)
-
-    monkeypatch.setattr(checkpoints, "write_json", fail_the_second_time)
-    with pytest.raises(UserError, match="--output_dir: checkpoint-2 cannot be written .No space"):
-        small_run(checkpointing_steps=1, checkpoints_total_limit=1)
-    monkeypatch.setattr(checkpoints, "write_json", real)
-    output_dir = Path(calls[0][0]).parent.parent
-    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-1"]
-    assert not list(output_dir.glob(".checkpoint-2.partial"))  # the disk is full already
-    small_run(checkpointing_steps=1, checkpoints_total_limit=1, resume_from_checkpoint="latest")
-    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-4"]
-    assert not list(output_dir.glob(".*"))
-
-
-KILL_WHILE_WRITING = """
-import os, signal, sys
-from instruct_pix2pix.training import checkpoint
-flush, seen = checkpoint.flush, []
-def kill_in_the_second_checkpoint(path):
-    if ".checkpoint-2.partial" in str(path):
-        os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
-checkpoint.flush = kill_in_the_second_checkpoint
-from finetune_instruct_pix2pix import main
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_while_writing_a_checkpoint_goes_on_from_the_one_before(base_models, pairs, small_run, tmp_path):
-    output_dir = tmp_path / "run"
-    flags = {
-        "pretrained_model_name_or_path": base_models["finetune"],
-        "train_data_dir": pairs,
-        "output_dir": output_dir,
-        "resolution": 64,
-        "train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_train_steps": 4,
-        "learning_rate": 1e-3,
-        "seed": 7,
-        "report_to": "none",
-        "checkpointing_steps": 1,
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", KILL_WHILE_WRITING, *to_argv(flags)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in checkpoints.list_checkpoints(output_dir)] == ["checkpoint-1"]
-    small_run(checkpointing_steps=1, resume_from_checkpoint="latest")
-    uninterrupted = small_run(name="uninterrupted")
-    assert_same_tensors(output_dir / UNET, uninterrupted / UNET)
-
-
-def test_a_replaced_checkpoint_that_was_stepping_aside_comes_back(tmp_path):
-    (tmp_path / ".checkpoint-3.replaced").mkdir()
-    (tmp_path / ".checkpoint-4.partial").mkdir()
-    checkpoints.remove_partial(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
-
-
-def test_checkpoints_that_cannot_be_resumed_from(small_run, tmp_path):
-    with pytest.raises(UserError, match="--resume_from_checkpoint: .*nowhere does not exist"):
-        small_run(resume_from_checkpoint=str(tmp_path / "nowhere"))
-    output_dir = small_run(max_train_steps=1, checkpointing_steps=1)
-    optimizer = output_dir / "checkpoint-1" / "optimizer.safetensors"
-    optimizer.write_bytes(optimizer.read_bytes()[:-10])
-    with pytest.raises(UserError, match="incomplete .optimizer.safetensors"):
-        small_run(resume_from_checkpoint="latest")
-    (output_dir / "checkpoint-1" / "state.json").unlink()
-    with pytest.raises(UserError, match="incomplete .no readable state.json"):
-        small_run(resume_from_checkpoint="checkpoint-1")
+# ---- output folders
 
 
 def test_latest_starts_anew_where_there_is_no_checkpoint_yet(small_run):

@@ -3,14 +3,16 @@
 Training waits only for a copy of the tensors in the host's memory; a thread writes it while training goes on.
 
 checkpoint-<step>/
-    unet/                    diffusers folder, float32
+    unet/                    diffusers folder, float32, without the path that the weights came from
     ema.safetensors          the average's tensors, by parameter name (with --use_ema)
     optimizer.safetensors    the optimizer's tensors, "<parameter>/<state>"
-    state.json               step, samples seen, seed, scheduler, loss scaler, flags, and the size of every file
+    state.json               step, samples seen, seed, loss scaler, flags, the rest of the optimizer's state, and the
+                             size of every file
 """
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -19,15 +21,17 @@ from pathlib import Path
 
 import psutil
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import flush, write_json
+from instruct_pix2pix.training.ema import EMA
 
 logger = logging.getLogger(__name__)
 
-SHARE_OF_MEMORY = 0.8  # of the host's free memory, that the copy of a checkpoint may take
+SHARE_OF_MEMORY = 0.8  # of the free memory, that the copy of a checkpoint may take
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -73,21 +77,36 @@ class Writer:
     def __init__(self):
         self.thread, self.pending = ThreadPoolExecutor(max_workers=1), None
 
-    def save(self, output_dir: Path, state: dict, unet, optimizer, ema, limit: int | None) -> None:
+    def save(
+        self,
+        output_dir: Path,
+        state: dict,
+        unet: UNet2DConditionModel,
+        optimizer: torch.optim.Optimizer,
+        ema: EMA | None,
+        limit: int | None,
+    ) -> None:
         """Start writing checkpoint-<state["step"]>, whole or not at all; then only the newest `limit` are kept.
 
-        Args:
-            state: JSON-serialisable; must hold "step".
-            unet: the unwrapped UNet; `optimizer` the torch optimizer over its parameters; `ema` an EMA or None.
+        `state` is JSON-serialisable and holds "step"; `unet` is the unwrapped one, whose parameters `optimizer` and
+        `ema` are over.
         """
         self.wait()
-        tensors, rest = _collect(unet, optimizer, ema)
-        state = {**state, "optimizer": rest} | ({"ema_updates": ema.updates} if ema is not None else {})
+        parameters = dict(unet.named_parameters())
+        optimizer_tensors, rest = _flatten_optimizer(optimizer, parameters)
+        tensors = {"unet/diffusion_pytorch_model.safetensors": unet.state_dict()}
+        tensors["optimizer.safetensors"] = optimizer_tensors
+        state = {**state, "optimizer": rest}
+        if ema is not None:
+            tensors["ema.safetensors"] = dict(zip(parameters, ema.shadow, strict=True))
+            state["ema_updates"] = ema.updates
         size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        copied = size < SHARE_OF_MEMORY * psutil.virtual_memory().available
+        copied = size < SHARE_OF_MEMORY * available_memory()
         if copied:
             tensors = {file: {n: t.to("cpu", copy=True) for n, t in group.items()} for file, group in tensors.items()}
-        self.pending = self.thread.submit(_write, Path(output_dir), state, unet, tensors, limit)
+        config = json.loads(unet.to_json_string())
+        config.pop("_name_or_path", None)  # a path of this machine, and after a resume another one
+        self.pending = self.thread.submit(_write, Path(output_dir), state, config, tensors, limit)
         if not copied:
             logger.info("checkpoint-%d is written while training waits: too little memory for a copy", state["step"])
             self.wait()
@@ -108,21 +127,50 @@ class Writer:
         self.thread.shutdown(wait=True)
 
 
-def _collect(unet, optimizer, ema) -> tuple[dict[str, dict[str, torch.Tensor]], dict]:
-    """File of a checkpoint -> its tensors, not copied; and the JSON rest of the optimizer's state."""
-    names = [name for name, _ in unet.named_parameters()]
-    optimizer_tensors, rest = _flatten_optimizer(optimizer, names)
-    tensors = {"unet/diffusion_pytorch_model.safetensors": unet.state_dict()}
-    if ema is not None:
-        tensors["ema.safetensors"] = dict(zip(names, ema.shadow, strict=True))
-    return tensors | {"optimizer.safetensors": optimizer_tensors}, rest
+def available_memory(root: str | os.PathLike = "/") -> int:
+    """Bytes that can still be taken: what the host has left, or less where a container's limit is nearer.
+
+    Limits are those of the process's control group (version 1 or 2) and of the groups above it. File cache that is not
+    in use counts as free: it makes room before a limit is enforced. `root` is the root of the file system.
+    """
+    root, available = Path(root), psutil.virtual_memory().available
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return available
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            mount, files = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = mount / path.lstrip("/")  # in a container it may not be there: its own group is then the mount's root
+        for folder in (group, *group.parents):
+            available = min(available, _room_in_group(folder, *files))
+            if folder == mount:
+                break
+    return max(0, int(available))
 
 
-def _write(output_dir: Path, state: dict, unet, tensors: dict[str, dict[str, torch.Tensor]], limit: int | None) -> None:
-    """Of the UNet only the configuration is used: its weights may have gone on."""
+def _room_in_group(folder: Path, limit: str, usage: str, inactive: str) -> float:
+    """Bytes below one control group's memory limit; infinity where it has none ("max", or no such file)."""
+    try:
+        statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        used = int((folder / usage).read_text()) - int(statistics[inactive])
+        return int((folder / limit).read_text()) - used
+    except (OSError, ValueError, KeyError):
+        return math.inf
+
+
+def _write(
+    output_dir: Path, state: dict, config: dict, tensors: dict[str, dict[str, torch.Tensor]], limit: int | None
+) -> None:
+    """`config` is the UNet's; `tensors` are by file and name."""
     name = f"checkpoint-{state['step']}"
     try:
-        _write_folder(output_dir / f".{name}.partial", state, unet, tensors)
+        _write_folder(output_dir / f".{name}.partial", state, config, tensors)
         _put_in_place(output_dir, name)
         for old in list_checkpoints(output_dir)[:-limit] if limit is not None else []:
             shutil.rmtree(old)
@@ -134,9 +182,10 @@ def _write(output_dir: Path, state: dict, unet, tensors: dict[str, dict[str, tor
         ) from error
 
 
-def _write_folder(folder: Path, state: dict, unet, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
+def _write_folder(folder: Path, state: dict, config: dict, tensors: dict[str, dict[str, torch.Tensor]]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    unet.save_config(folder / "unet")
+    (folder / "unet").mkdir(parents=True)
+    write_json(folder / "unet" / "config.json", config)
     for file, group in tensors.items():
         save_file({name: t.cpu().contiguous() for name, t in group.items()}, folder / file, {"format": "pt"})
     files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
@@ -171,44 +220,64 @@ def remove_partial(output_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def load_training_state(checkpoint: Path, unet, optimizer, ema) -> dict:
+def load_training_state(
+    checkpoint: Path, unet: UNet2DConditionModel, optimizer: torch.optim.Optimizer, ema: EMA | None
+) -> dict:
     """Fill optimizer and EMA from a checkpoint (the UNet is loaded with the other components); returns its state."""
     state = read_state(checkpoint)
-    names = [name for name, _ in unet.named_parameters()]
+    parameters = dict(unet.named_parameters())
     if ema is not None and (Path(checkpoint) / "ema.safetensors").is_file():
         stored = load_file(Path(checkpoint) / "ema.safetensors")
-        for name, shadow in zip(names, ema.shadow, strict=True):
+        for name, shadow in zip(parameters, ema.shadow, strict=True):
             shadow.copy_(stored[name])
         ema.updates = state["ema_updates"]
     elif ema is not None:
         logger.warning("%s has no EMA; the average starts from its weights", checkpoint)
-    _restore_optimizer(optimizer, names, load_file(Path(checkpoint) / "optimizer.safetensors"), state["optimizer"])
+    stored = load_file(Path(checkpoint) / "optimizer.safetensors")
+    _restore_optimizer(optimizer, parameters, stored, state["optimizer"])
     return state
 
 
-def _flatten_optimizer(optimizer, names: list[str]) -> tuple[dict[str, torch.Tensor], dict]:
-    """Optimizer state as named tensors and the JSON rest, so that nothing is pickled."""
-    state = optimizer.state_dict()["state"]
-    tensors, rest = {}, {}
-    for index, name in enumerate(names):
-        for key, value in state.get(index, {}).items():
-            if torch.is_tensor(value):
-                tensors[f"{name}/{key}"] = value
+def _flatten_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
+) -> tuple[dict[str, torch.Tensor], dict]:
+    """Optimizer state as tensors named "<parameter>/<state>" and the JSON rest, so that nothing is pickled.
+
+    A tensor that parameters share (bitsandbytes' quantisation maps) is there once; the rest names it for the others:
+    {"same_as": name}. Read from `state`: in bitsandbytes' state_dict() tensors are nested in a dict of their own.
+    """
+    tensors, rest, first_names = {}, {}, {}
+    for parameter_name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            name = f"{parameter_name}/{key}"
+            if not torch.is_tensor(value):
+                rest[name] = value
+            elif first_names.setdefault(id(value), name) == name:
+                tensors[name] = value
             else:
-                rest[f"{name}/{key}"] = value
+                rest[name] = {"same_as": first_names[id(value)]}
     return tensors, rest
 
 
-def _restore_optimizer(optimizer, names: list[str], tensors: dict[str, torch.Tensor], rest: dict) -> None:
-    places = {name: index for index, name in enumerate(names)}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {}
-    for entry, value in {**tensors, **rest}.items():
-        name, key = entry.rsplit("/", 1)
-        parameter = parameters[places[name]]
-        if torch.is_tensor(value) and value.shape == parameter.shape:
-            # Fused kernels want a moment laid out in memory as its parameter is.
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state.setdefault(places[name], {})[key] = value
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    parameters: dict[str, torch.nn.Parameter],
+    tensors: dict[str, torch.Tensor],
+    rest: dict,
+) -> None:
+    """What _flatten_optimizer gave, on the parameters' device; what was shared is shared again."""
+    in_order = [p for group in optimizer.param_groups for p in group["params"]]
+    places = {parameter: index for index, parameter in enumerate(in_order)}
+    placed, state = {}, {}
+    for name, value in {**tensors, **rest}.items():  # tensors first: the rest refers to them
+        parameter_name, key = name.rsplit("/", 1)
+        parameter = parameters[parameter_name]
+        if torch.is_tensor(value):
+            if value.shape == parameter.shape:  # fused kernels want a moment laid out in memory as its parameter is
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            placed[name] = value = value.to(parameter.device)
+        elif isinstance(value, dict):
+            value = placed[value["same_as"]]
+        state.setdefault(places[parameter], {})[key] = value
     # The groups stay the flags' of this run: a changed learning rate is meant.
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

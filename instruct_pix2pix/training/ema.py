@@ -1,5 +1,6 @@
 """Exponential moving average of the UNet's weights."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -14,29 +15,54 @@ def ema_decay(updates: int, decay: float) -> float:
 class EMA:
     """The average, one float32 tensor per parameter, updated in one fused pass.
 
-    With `offload` it lives in CPU memory: less GPU memory, one copy of the weights over the bus per update.
+    With `offload` it lives in CPU memory: less GPU memory, one copy of the weights over the bus per update. From a CUDA
+    GPU that copy goes into pinned memory, of the same size again, beside the passes of the next update.
     """
 
-    def __init__(self, parameters, decay: float, offload: bool = False):
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float, offload: bool = False):
         self.live = list(parameters)
         self.decay, self.updates = decay, 0
         device = torch.device("cpu") if offload else None
-        self.shadow = [p.detach().to(device=device or p.device, dtype=torch.float32, copy=True) for p in self.live]
+        self._shadow = [p.detach().to(device=device or p.device, dtype=torch.float32, copy=True) for p in self.live]
+        self._landing, self._lerp_weight = [], None  # copies of the weights, and their share in a lerp still to be done
+        if offload and self.live[0].is_cuda:
+            self._landing = [torch.empty_like(s, pin_memory=True) for s in self._shadow]
+            self._stream, self._copied = torch.cuda.Stream(), torch.cuda.Event()
 
-    def before_step(self) -> None:
-        pass
+    @property
+    def shadow(self) -> list[torch.Tensor]:
+        """The average of all updates so far, a tensor per parameter."""
+        self.finish_update()
+        return self._shadow
 
     @torch.no_grad()
     def update(self) -> None:
-        """shadow <- decay * shadow + (1 - decay) * live."""
-        live = [p.detach().to(s.device, s.dtype) for s, p in zip(self.shadow, self.live, strict=True)]
-        torch._foreach_lerp_(self.shadow, live, self.advance())
+        """shadow <- decay * shadow + (1 - decay) * live. With `offload` on a GPU finish_update() must follow before the
+        weights change again."""
+        shadow, lerp_weight = self.shadow, self.advance()
+        if self._landing:
+            self._stream.wait_stream(torch.cuda.current_stream())  # until the weights have changed
+            with torch.cuda.stream(self._stream):
+                torch._foreach_copy_(self._landing, self.live, non_blocking=True)
+                self._copied.record()
+            self._lerp_weight = lerp_weight
+        else:
+            live = [p.to(s.device, s.dtype) for s, p in zip(shadow, self.live, strict=True)]
+            torch._foreach_lerp_(shadow, live, lerp_weight)
+
+    def finish_update(self) -> None:
+        """Wait for the copy that update() began, if it did, and average it. Best called when the next passes have been
+        launched: the GPU works on them meanwhile."""
+        if self._lerp_weight is not None:
+            self._copied.synchronize()
+            torch._foreach_lerp_(self._shadow, self._landing, self._lerp_weight)
+            self._lerp_weight = None
 
     def advance(self) -> float:
         """Count an update; returns the share that the live weights have in it."""
-        share = 1.0 - ema_decay(self.updates, self.decay)
+        lerp_weight = 1.0 - ema_decay(self.updates, self.decay)
         self.updates += 1
-        return share
+        return lerp_weight
 
     @contextmanager
     def swapped_in(self):

@@ -64,7 +64,7 @@ class Update:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.ema is not None:
-            self.ema.before_step()
+            self.ema.finish_update()  # before the weights change again
         self.optimizer.step()
         if self.ema is not None:
             self.ema.update()
