@@ -21,6 +21,7 @@ from instruct_pix2pix.data.triples import to_unit_range
 from instruct_pix2pix.files import write_json
 from instruct_pix2pix.models import sd as components
 from instruct_pix2pix.training import step as speed
+from instruct_pix2pix.training.checkpoint import remove_partial
 from instruct_pix2pix.training.conditioning import drop_conditioning
 from instruct_pix2pix.training.log import JsonLog, start_trackers
 from instruct_pix2pix.training.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
@@ -47,6 +48,7 @@ def train(args, expected_in_channels: int) -> None:
 
     `expected_in_channels` of the base model's UNet is 4 for the scratch script and 8 for the fine-tuning one.
     """
+    vars(args).update({"guidance_scale": 7.0, "image_guidance_scale": 1.5} | vars(args))
     _set_up_logging()
     accelerator = start_accelerator(args)
     plan = check(args, accelerator, expected_in_channels)
@@ -57,7 +59,8 @@ def train(args, expected_in_channels: int) -> None:
     try:
         training = build(args, accelerator, plan)
         if accelerator.is_main_process:
-            hub.begin(args)
+            remove_partial(Path(args.output_dir))
+            hub.begin(args.output_dir, resolved(args))
         start_trackers(accelerator, args)
         summary = run_updates(args, accelerator, plan, training)
         finish(args, accelerator, plan, training, summary)
@@ -291,14 +294,8 @@ def finish(args, accelerator: Accelerator, plan: Plan, training: Training, summa
     pushed = True
     if accelerator.is_main_process:
         with training.ema.swapped_in() if training.ema is not None else contextlib.nullcontext():
-            if accelerator.mixed_precision != "no":
-                # The training copies were rounded to half precision; the export is as exact as the base.
-                tokenizer, text_encoder, vae = components.load_frozen(args)
-            else:
-                tokenizer, text_encoder, vae = training.tokenizer, training.text_encoder, training.vae
-            pipeline = components.build_pipeline(plan.configs, tokenizer, text_encoder, vae, training.bare_unet)
             instruction = args.validation_prompt or plan.triples.first_instruction()
-            hub.export(pipeline, args, summary, plan.repo_id, instruction)
+            hub.export(args, resolved(args), training.bare_unet, summary, plan.repo_id, instruction)
             if plan.validation_image is not None:
                 _validate(args, accelerator, plan, training, args.max_train_steps)
         write_json(Path(args.output_dir) / "training_summary.json", summary)
