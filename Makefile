@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OLD_VENV ?= .venv-old-libraries
 
-.PHONY: quickstart quickstart-low-level quickstart-control tiny-base test test-fast lint bench clean
+.PHONY: quickstart quickstart-low-level quickstart-control tiny-base test test-fast test-old-libraries lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -14,6 +15,11 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(OLD_VENV)/.installed: requirements-old-libraries.txt
+	$(PYTHON) -m venv $(OLD_VENV)
+	$(OLD_VENV)/bin/python -m pip install --quiet --requirement requirements-old-libraries.txt
 	@touch $@
 
 quickstart: $(VENV)/.installed
@@ -37,6 +43,10 @@ test: lint
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow"
+
+# That our pipelines edit alike with the libraries that most people have, in an environment of their own.
+test-old-libraries: $(VENV)/.installed-dev $(OLD_VENV)/.installed
+	OLD_LIBRARIES_PYTHON="$(OLD_VENV)/bin/python" $(BIN)/python -m pytest tests/test_old_libraries.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""What leaves the machine: the pipeline folder, its model card, and the upload."""
+"""What leaves the machine: the pipeline folder, its model card, and the upload.
+
+`config` is the training's configuration, `flags` the same as a dict, as it is written down: without the token.
+"""
 
 import contextlib
 import json
@@ -9,36 +12,45 @@ import shlex
 import shutil
 from pathlib import Path
 
+import diffusers
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import write_json
-from instruct_pix2pix.training.config import resolved
+from instruct_pix2pix.files import flush, for_others, write_json, write_text
+from instruct_pix2pix.models import sd
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.json"
+INDEX_FILE = "model_index.json"  # what makes a folder a pipeline
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 EXPORTED = ("README.md", *PIPELINE_FOLDERS)
 # Only these are uploaded: never checkpoints, caches, logs or trackers' files.
-PUBLISHED = ["README.md", "model_index.json", CONFIG_FILE, *(f"{folder}/*" for folder in PIPELINE_FOLDERS)]
+PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, *(f"{folder}/*" for folder in PIPELINE_FOLDERS)]
 
 
-def prepare_repo(args) -> str:
+class NotFinite(UserError):
+    """Weights that no pipeline can be made of."""
+
+    exit_code = 1
+
+
+def prepare_repo(config) -> str:
     """Make the repository if it is missing, before hours of training; returns its full id."""
-    token = args.hub_token or get_token()
+    token = config.hub_token or get_token()
     if not token:
         raise UserError("--push_to_hub: no Hub token; run `hf auth login`, set HF_TOKEN, or give --hub_token")
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = config.hub_model_id or Path(config.output_dir).resolve().name
     try:
         validate_repo_id(name)
         api = HfApi(token=token)
         if "/" not in name:
             name = f"{api.whoami()['name']}/{name}"
-        return api.create_repo(name, exist_ok=True, private=args.hub_private_repo).repo_id
+        return api.create_repo(name, exist_ok=True, private=config.hub_private_repo).repo_id
     except ValueError as error:
         raise UserError(f"--hub_model_id: {name!r} is not a repository name ({error})") from error
     except (HfHubHTTPError, OSError) as error:
@@ -46,12 +58,13 @@ def prepare_repo(args) -> str:
         raise UserError(f"--push_to_hub: cannot make or reach {name}: {reason}") from error
 
 
-def begin(args) -> None:
-    """Make --output_dir, without what a killed run left half-written, and write down the configuration."""
-    output_dir = Path(args.output_dir)
+def begin(output_dir: str | os.PathLike, flags: dict) -> None:
+    """Make --output_dir, finish an export that was killed in it, and write down the configuration."""
+    output_dir = Path(output_dir)
     with _writable(output_dir, "the configuration"):
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / CONFIG_FILE, resolved(args))
+        _finish_export(output_dir)
+        write_json(output_dir / CONFIG_FILE, flags)
 
 
 @contextlib.contextmanager
@@ -66,35 +79,139 @@ def _writable(output_dir: Path, what: str):
         ) from error
 
 
-def export(pipeline, args, summary: dict, repo_id: str | None, instruction: str) -> None:
-    """Write the pipeline in safetensors with its card and the resolved configuration into --output_dir. The card's
-    snippet edits by `instruction`.
+# ---- the pipeline
 
-    Everything is written beside its place first, so that an interrupted export never leaves a mixture.
+
+def check_finite(unet: torch.nn.Module) -> None:
+    """Raise NotFinite, which exits with 1, if a weight is not a number or infinite."""
+    for name, tensor in unet.state_dict().items():
+        if not tensor.isfinite().all():
+            raise NotFinite(
+                f"--output_dir: no pipeline is written, as the UNet's {name} is not finite; go on from a checkpoint"
+                " before that with a lower --learning_rate, or train with bf16"
+            )
+
+
+def export(config, flags: dict, unet, summary: dict, repo_id: str | None, instruction: str) -> None:
+    """Write the trained `unet` and the base model's other parts as a pipeline into --output_dir, with the
+    configuration and a model card whose snippet edits by `instruction`.
+
+    At any moment the folder holds the pipeline from before, the new one, or no model_index.json and both in pieces,
+    which `begin` puts together. Raises NotFinite, and UserError where the folder cannot be written.
     """
-    output_dir = Path(args.output_dir)
-    temporary = output_dir / ".export.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with _writable(output_dir, "the pipeline"):
-            pipeline.save_pretrained(temporary, safe_serialization=True)
-            write_json(temporary / CONFIG_FILE, _for_others(resolved(args)))
-            (temporary / "README.md").write_text(model_card(args, summary, repo_id, instruction), encoding="utf-8")
-            for item in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
-                target = output_dir / item.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                os.replace(item, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    check_finite(unet)
+    output_dir = Path(config.output_dir)
+    new = output_dir / ".export.partial"
+    with _writable(output_dir, "the pipeline"):
+        _finish_export(output_dir)
+        try:
+            _write_pipeline(new, config, unet)
+            write_json(new / CONFIG_FILE, _hide_paths(flags))
+            write_text(new / "README.md", model_card(config, flags, summary, repo_id, instruction))
+            for path in (new, *new.rglob("*")):
+                flush(path)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        _put_in_place(output_dir)
 
 
-def push(args, repo_id: str) -> bool:
+def _put_in_place(output_dir: Path) -> None:
+    """Exchange what .export.partial holds for what is there. Killed anywhere, it can be called again."""
+    new, old = output_dir / ".export.partial", output_dir / ".export.replaced"
+    old.mkdir(exist_ok=True)  # from here on .export.partial is known to be whole
+    items = sorted((path.name for path in new.iterdir()), key=lambda name: name != INDEX_FILE)
+    for name in items:  # the index leaves first
+        if (output_dir / name).exists():
+            os.replace(output_dir / name, old / name)
+    for name in reversed(items):  # and comes last
+        os.replace(new / name, output_dir / name)
+    flush(output_dir)
+    shutil.rmtree(new)
+    shutil.rmtree(old)
+
+
+def _finish_export(output_dir: Path) -> None:
+    """After a kill: put the new pipeline in place if it was whole, else sweep it away."""
+    new, old = output_dir / ".export.partial", output_dir / ".export.replaced"
+    if old.exists() and (new / INDEX_FILE).exists():
+        _put_in_place(output_dir)
+    for folder in (new, old):
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _write_pipeline(folder: Path, config, unet) -> None:
+    """The base model's own files, the UNet in float32, and the index that names the parts."""
+    shutil.rmtree(folder, ignore_errors=True)
+    base = sd.base_folder(config)
+    for part in ("scheduler", "tokenizer"):
+        for file in sorted((base / part).iterdir()):
+            if file.is_file() and not file.name.startswith("."):
+                _copy(file, folder / part / file.name)
+    _copy_model(config, base / "text_encoder", "model", folder / "text_encoder")
+    _copy_model(config, base / "vae", "diffusion_pytorch_model", folder / "vae")
+    sd.make_readable(folder)
+
+    unet.save_pretrained(folder / "unet")
+    unet_config = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
+    unet_config.pop("_name_or_path", None)  # where this run took it from: the base model or a checkpoint
+    write_json(folder / "unet/config.json", _hide_paths(unet_config))
+
+    scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    write_json(
+        folder / INDEX_FILE,
+        {
+            "_class_name": "StableDiffusionInstructPix2PixPipeline",
+            "_diffusers_version": diffusers.__version__,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", sd.scheduler_class(scheduler_config)],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+
+
+def _copy_model(config, source: Path, stem: str, target: Path) -> None:
+    """Copy a model that training did not change; --variant's weights get the plain name. What is not one safetensors
+    file (pickled, or in several) is loaded and saved as one."""
+    weights = source / f"{stem}{f'.{config.variant}' if config.variant else ''}.safetensors"
+    if weights.is_file():
+        _copy(weights, target / f"{stem}.safetensors")
+    else:
+        sd.load_model(config, source.name).save_pretrained(target, max_shard_size="100GB")
+    _copy(source / "config.json", target / "config.json")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Byte by byte, unless it is a configuration that names a path of this machine."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(source.read_text(encoding="utf-8")) if source.name.endswith("config.json") else {}
+    if _hide_paths(content) == content:
+        shutil.copyfile(source, target)
+    else:
+        write_json(target, _hide_paths(content))
+
+
+def _hide_paths(flags: dict) -> dict:
+    """Of a path on this machine its last part only."""
+    return {name: for_others(value) if isinstance(value, str) else value for name, value in flags.items()}
+
+
+# ---- the Hub
+
+
+def push(config, repo_id: str) -> bool:
     """Upload pipeline and card in one commit. A failure loses nothing: it is said, with the command for later."""
     try:
-        url = HfApi(token=args.hub_token or get_token()).upload_folder(
+        url = HfApi(token=config.hub_token or get_token()).upload_folder(
             repo_id=repo_id,
-            folder_path=args.output_dir,
+            folder_path=config.output_dir,
             allow_patterns=PUBLISHED,
             commit_message="Upload instruction-tuned Stable Diffusion pipeline",
         )
@@ -103,9 +220,9 @@ def push(args, repo_id: str) -> bool:
         logger.error(
             "the upload failed (%s); the model is whole in %s. Later: hf upload %s %s . %s",
             " ".join(str(error).split())[:200],
-            args.output_dir,
+            config.output_dir,
             repo_id,
-            shlex.quote(str(args.output_dir)),
+            shlex.quote(str(config.output_dir)),
             includes,
         )
         return False
@@ -131,15 +248,9 @@ def base_licence(name: str) -> str | None:
         return None
 
 
-def _for_others(flags: dict) -> dict:
-    """Flags as they are published: of a path on this machine its last part only."""
-    local = {name: value for name, value in flags.items() if isinstance(value, str) and os.path.exists(value)}
-    return flags | {name: Path(value).resolve().name for name, value in local.items()}
-
-
-def model_card(args, summary: dict, repo_id: str | None, instruction: str) -> str:
+def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruction: str) -> str:
     """The card's text: base model, data, licence, a snippet that runs, the settings and what training took."""
-    base, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
+    base, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
     base_id, data_id = _hub_id(base), _hub_id(data)
     licence = base_licence(base)
     metadata = ModelCardData(
@@ -150,8 +261,8 @@ def model_card(args, summary: dict, repo_id: str | None, instruction: str) -> st
         pipeline_tag="image-to-image",
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "instruction-tuning"],
     )
-    name = repo_id or str(args.output_dir)
-    lines = [f"| `--{flag}` | `{value}` |" for flag, value in _for_others(resolved(args)).items() if value is not None]
+    name = repo_id or for_others(config.output_dir)
+    lines = [f"| `--{flag}` | `{value}` |" for flag, value in _hide_paths(flags).items() if value is not None]
     took = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if value is not None)
     return f"""---
 {metadata.to_yaml()}
@@ -160,11 +271,13 @@ def model_card(args, summary: dict, repo_id: str | None, instruction: str) -> st
 # {Path(name).name}
 
 A Stable Diffusion model that edits images by instruction. Its UNet was trained with the InstructPix2Pix objective
-([Brooks et al. 2023](https://arxiv.org/abs/2211.09800)), starting from `{base_id or Path(base).name}`, on
-`{data_id or Path(data).name}`. Its licence follows the base model's: {licence or "not stated there, so unknown"}.
+([Brooks et al. 2023](https://arxiv.org/abs/2211.09800)), starting from `{for_others(base)}`, on
+`{for_others(data)}`. Its licence follows the base model's: {licence or "not stated there, so unknown"}.
 The dataset has a licence of its own.
 
 ## Use
+
+Validated with guidance {config.guidance_scale} for the instruction and {config.image_guidance_scale} for the image.
 
 ```python
 import torch
@@ -178,8 +291,8 @@ edited = pipeline(
     {json.dumps(instruction, ensure_ascii=False)},
     image=image,
     num_inference_steps=20,
-    image_guidance_scale=1.5,
-    guidance_scale=7.0,
+    image_guidance_scale={config.image_guidance_scale},
+    guidance_scale={config.guidance_scale},
 ).images[0]
 edited.save("edited.png")
 ```

@@ -147,3 +147,8 @@ def assert_same_tensors(first: Path, second: Path) -> None:
 def copy_tree(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+def small_photo() -> Image.Image:
+    """A real photograph, 64 by 64."""
+    return Image.open(ROOT / "assets/photos/test/sea6.webp").convert("RGB").resize((64, 64))

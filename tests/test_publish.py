@@ -155,4 +155,7 @@ huggingface_hub.upload_folder(repo_id="tester/base", folder_path=sys.argv[1])
         card = (tmp_path / "run" / "README.md").read_text()
         assert "base_model: tester/base" in card and "- tester/low-level" in card
         assert json.loads((tmp_path / "run" / "training_summary.json").read_text())["steps"] == 1
-        assert os.listdir(tmp_path / "run" / "unet")
+        for file in ("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "text_encoder/config.json",
+                     "vae/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):  # fmt: skip
+            assert (tmp_path / "run" / file).read_bytes() == (base_models["train"] / file).read_bytes()
+        assert {"config.json", "diffusion_pytorch_model.safetensors"} == set(os.listdir(tmp_path / "run" / "unet"))

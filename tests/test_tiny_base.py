@@ -312,7 +312,7 @@ def test_kept_models_are_small_whole_and_described():
     for name in ("tiny-stable-diffusion", "tiny-instruct-pix2pix"):
         files = [path for path in (ASSETS / name).rglob("*") if path.is_file()]
         total += sum(path.stat().st_size for path in files)
-        assert {path.suffix for path in files} <= {".json", ".md", ".safetensors"}
+        assert {path.suffix for path in files} <= {".json", ".md", ".safetensors", ".txt"}
         assert "## Figures" in (ASSETS / name / "README.md").read_text()
         pipeline = DiffusionPipeline.from_pretrained(ASSETS / name, local_files_only=True)
         assert {getattr(pipeline, component).dtype for component in COMPONENTS} == {torch.float32}

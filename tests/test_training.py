@@ -7,12 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from accelerate import DistributedType
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -32,8 +33,6 @@ def test_a_run_leaves_a_pipeline_that_loads_whole_and_edits(script, small_run, c
     model, report = None, None
     for part in ("unet", "vae", "text_encoder"):
         assert [p.suffix for p in (output_dir / part).iterdir() if p.name != "config.json"] == [".safetensors"]
-    from diffusers import UNet2DConditionModel
-
     model, report = UNet2DConditionModel.from_pretrained(output_dir, subfolder="unet", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and model.config.in_channels == 8
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)
@@ -183,7 +182,7 @@ def test_the_last_update_is_kept_even_where_the_pipeline_cannot_be_written(small
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(StableDiffusionInstructPix2PixPipeline, "save_pretrained", full)
+        patched.setattr(UNet2DConditionModel, "save_pretrained", full)
         with pytest.raises(UserError, match="--output_dir: the pipeline cannot be written into .*No space left"):
             small_run(checkpointing_steps=3)
     kept = [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")]

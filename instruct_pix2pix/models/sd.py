@@ -1,5 +1,11 @@
-"""The parts of a Stable Diffusion pipeline: checked before weights load, loaded, widened, put together again."""
+"""The parts of a Stable Diffusion pipeline: checked before weights load, loaded, widened, put together, made readable.
 
+`config` is the training's configuration; its base model is pretrained_model_name_or_path, with revision,
+non_ema_revision (the UNet's), variant, cache_dir and hub_token.
+"""
+
+import contextlib
+import functools
 import importlib.util
 import json
 import logging
@@ -14,9 +20,12 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import hf_hub_download
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.files import write_json, write_text, written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -32,12 +41,15 @@ CONFIG_FILES = {
 PIXELS_PER_PASS = 16 * 256 * 256  # of each side of the pairs, in one pass of the VAE
 
 
-def read_base_configs(args) -> dict[str, dict]:
-    """Configurations of the base model's UNet, VAE and scheduler, read without loading a weight.
+# ---- before weights load
+
+
+def read_base_configs(config) -> dict[str, dict]:
+    """Configurations of the base model's "unet", "vae" and "scheduler", read without loading a weight.
 
     Raises UserError where the folder or repository is missing, incomplete or unreadable.
     """
-    name = args.pretrained_model_name_or_path
+    name = config.pretrained_model_name_or_path
     if os.path.isdir(name):
         for folder, file in CONFIG_FILES.items():
             if not (Path(name) / folder / file).is_file():
@@ -57,34 +69,49 @@ def read_base_configs(args) -> dict[str, dict]:
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
     configs = {}
     for folder, cls in classes.items():
-        revision = (args.non_ema_revision or args.revision) if folder == "unet" else args.revision
         with _explained(name, folder):
-            configs[folder] = dict(
-                cls.load_config(
-                    name, subfolder=folder, revision=revision, cache_dir=args.cache_dir, token=args.hub_token
-                )
-            )
+            configs[folder] = dict(cls.load_config(name, subfolder=folder, **_where(config, folder)))
     return configs
 
 
-class _explained:
+def base_folder(config, part: str | None = None) -> Path:
+    """The folder with the base model's files: the local one, or the Hub's snapshot in the cache, which holds what has
+    been loaded so far. The UNet's may be another revision."""
+    name = config.pretrained_model_name_or_path
+    if os.path.isdir(name):
+        return Path(name)
+    revision = (config.non_ema_revision or config.revision) if part == "unet" else config.revision
+    return _snapshot(name, revision, config.cache_dir, config.hub_token)
+
+
+@functools.cache  # asked once: a branch that moves on during a long run changes nothing
+def _snapshot(name: str, revision: str | None, cache_dir: str | None, token: str | None) -> Path:
+    file = hf_hub_download(name, "unet/config.json", revision=revision, cache_dir=cache_dir, token=token)
+    return Path(file).parents[1]
+
+
+def _where(config, part: str) -> dict:
+    """Where from_pretrained and load_config find a part of the base model; of a branch, the commit first seen."""
+    local = os.path.isdir(config.pretrained_model_name_or_path)
+    return {
+        "revision": None if local else base_folder(config, part).name,
+        "cache_dir": config.cache_dir,
+        "token": config.hub_token,
+    }
+
+
+@contextlib.contextmanager
+def _explained(name: str, folder: str):
     """Turns what the libraries raise for a missing or broken part into one line that names it."""
-
-    def __init__(self, name: str, folder: str):
-        self.name, self.folder = name, folder
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
+    try:
+        yield
+    except Exception as error:
         # The libraries have no common error of their own; what they raise for files is among these.
-        if isinstance(error, (OSError, ValueError, RuntimeError, json.JSONDecodeError)) or (
-            kind is not None and kind.__module__.startswith(("safetensors", "huggingface_hub", "pickle", "_pickle"))
-        ):
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"--pretrained_model_name_or_path: cannot read {self.folder} of {self.name}: {reason}"
-            ) from error
+        library = type(error).__module__.startswith(("safetensors", "huggingface_hub", "pickle", "_pickle"))
+        if not library and not isinstance(error, (OSError, ValueError, RuntimeError)):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--pretrained_model_name_or_path: cannot read {folder} of {name}: {reason}") from error
 
 
 def check_channels(configs: dict, expected: int, name: str) -> None:
@@ -146,6 +173,9 @@ def prediction_type(configs: dict) -> str:
     return kind
 
 
+# ---- loading
+
+
 def widen_conv_in(unet: UNet2DConditionModel) -> None:
     """Give a 4-channel UNet four more input channels for the source image's latents (InstructPix2Pix, section 3.2).
 
@@ -170,47 +200,36 @@ def widen_conv_in(unet: UNet2DConditionModel) -> None:
     unet.register_to_config(in_channels=8)
 
 
-def load_unet(args, checkpoint: Path | None) -> UNet2DConditionModel:
+def load_unet(config, checkpoint: Path | None) -> UNet2DConditionModel:
     """The UNet in float32 with 8 input channels: from a checkpoint to resume, or from the base model."""
-    name = args.pretrained_model_name_or_path
     if checkpoint is not None:
         return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
-    with _explained(name, "unet"):
-        unet = UNet2DConditionModel.from_pretrained(
-            name, subfolder="unet", dtype=torch.float32, **_where(args, args.non_ema_revision or args.revision)
-        )
+    unet = load_model(config, "unet")
     if unet.config.in_channels == 4:
         widen_conv_in(unet)
     return unet
 
 
-def load_tokenizer(args) -> CLIPTokenizer:
-    name, where = args.pretrained_model_name_or_path, _where(args, args.revision)
-    del where["variant"]
-    with _explained(name, "tokenizer"):
-        return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **where)
-
-
-def load_frozen(args) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
-    """Tokenizer, text encoder and VAE in float32, frozen, on the CPU."""
-    name, where = args.pretrained_model_name_or_path, _where(args, args.revision)
-    tokenizer = load_tokenizer(args)
-    with _explained(name, "text_encoder"):
-        text_encoder = CLIPTextModel.from_pretrained(name, subfolder="text_encoder", dtype=torch.float32, **where)
-    with _explained(name, "vae"):
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", dtype=torch.float32, **where)
-    for model in (text_encoder, vae):
-        model.requires_grad_(False).eval()
+def load_frozen(config) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
+    """Tokenizer, text encoder and VAE, the models in float32, frozen, on the CPU."""
+    tokenizer = load_tokenizer(config)
+    text_encoder, vae = (load_model(config, part).requires_grad_(False).eval() for part in ("text_encoder", "vae"))
     return tokenizer, text_encoder, vae
 
 
-def _where(args, revision) -> dict:
-    return {
-        "revision": revision,
-        "variant": args.variant,
-        "cache_dir": args.cache_dir,
-        "token": args.hub_token,
-    }
+def load_tokenizer(config) -> CLIPTokenizer:
+    name = config.pretrained_model_name_or_path
+    with _explained(name, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **_where(config, "tokenizer"))
+
+
+def load_model(config, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
+    """The base model's "text_encoder", "vae" or "unet" in float32, on the CPU. UserError where it cannot be read."""
+    name = config.pretrained_model_name_or_path
+    cls = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}[part]
+    with _explained(name, part):
+        where = _where(config, part)
+        return cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=config.variant, **where)
 
 
 def enable_memory_efficient_attention(unet: UNet2DConditionModel) -> None:
@@ -224,6 +243,9 @@ def enable_memory_efficient_attention(unet: UNet2DConditionModel) -> None:
         except Exception as error:  # built for another torch, no GPU: each raises something of its own
             reason = " ".join(str(error).split())[:200]
     logger.warning("xformers cannot be used (%s); PyTorch's scaled-dot-product attention does the work", reason)
+
+
+# ---- encoding
 
 
 @torch.no_grad()
@@ -271,18 +293,59 @@ def tokenize_whole(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]
     return tokenizer(texts, verbose=False).input_ids
 
 
+# ---- pipelines
+
+
+def scheduler_class(scheduler_config: dict) -> str:
+    """The name of the base model's own kind of scheduler."""
+    return scheduler_config.get("_class_name", "DDPMScheduler")
+
+
 def build_pipeline(configs: dict, tokenizer, text_encoder, vae, unet) -> StableDiffusionInstructPix2PixPipeline:
-    """The editing pipeline, with the base model's own kind of scheduler and no safety checker."""
-    scheduler_class = getattr(diffusers, configs["scheduler"].get("_class_name", "DDPMScheduler"))
+    """The editing pipeline of these parts in memory, with the base model's own kind of scheduler and no safety checker.
+
+    `configs` are those of read_base_configs.
+    """
     pipeline = StableDiffusionInstructPix2PixPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=scheduler_class.from_config(configs["scheduler"]),
+        scheduler=getattr(diffusers, scheduler_class(configs["scheduler"])).from_config(configs["scheduler"]),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def make_readable(pipeline_folder: Path) -> None:
+    """Bring tokenizer/ and text_encoder/ of a saved pipeline into the layout that transformers 4 and 5 both read.
+
+    Transformers 5 writes a layout of its own: only tokenizer.json, where 4 wants vocab.json and merges.txt; and weights
+    without "text_model." before their names, without which 4 silently starts from random ones. A folder that is in
+    order stays as it is, byte by byte.
+    """
+    tokenizer = pipeline_folder / "tokenizer"
+    if not ((tokenizer / "vocab.json").is_file() and (tokenizer / "merges.txt").is_file()):
+        model = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        write_text(tokenizer / "vocab.json", json.dumps(model["vocab"], ensure_ascii=False))
+        write_text(tokenizer / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+
+    weights = pipeline_folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    flat = [name for name in tensors if name.startswith(("embeddings.", "encoder.", "final_layer_norm."))]
+    if flat:
+        named = {f"text_model.{name}" if name in flat else name: tensor for name, tensor in tensors.items()}
+        with written_whole(weights) as temporary:
+            save_file(named, temporary, {"format": "pt"})
+
+    # Transformers 5 loads a model in its configuration's or its file's precision, diffusers the rest in float32.
+    file = pipeline_folder / "text_encoder" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    stored = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    if (config.get("dtype") or config.get("torch_dtype") or str(stored).removeprefix("torch.")) != "float32":
+        config.pop("torch_dtype", None)
+        write_json(file, config | {"dtype": "float32"})

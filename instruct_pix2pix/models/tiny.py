@@ -234,6 +234,8 @@ def save_pipeline(pipeline, folder: Path, card: str | None = None) -> None:
 
     An existing non-empty `folder` raises FileExistsError and stays as it is.
     """
+    from instruct_pix2pix.models.sd import make_readable
+
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -241,6 +243,7 @@ def save_pipeline(pipeline, folder: Path, card: str | None = None) -> None:
     try:
         temporary.chmod(0o755)  # mkdtemp's 0700 is for secrets; this is a model to share
         pipeline.save_pretrained(temporary, safe_serialization=True)
+        make_readable(temporary)
         if card is not None:
             (temporary / "README.md").write_text(card)
         os.replace(temporary, folder)

@@ -37,7 +37,7 @@ def train(args, expected_in_channels: int) -> None:
         run = build(plan)
         if accelerator.is_main_process:
             checkpoints.remove_partial(Path(run.config.output_dir))
-            publishing.begin(run.config)
+            publishing.begin(run.config.output_dir, resolved(run.config))
         start_trackers(accelerator, run.config)
         summary = run_updates(run)
         finish(run, summary)
@@ -145,10 +145,7 @@ def finish(run: Run, summary: dict) -> None:
     if accelerator.is_main_process:
         with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
             instruction = config.validation_prompt or run.triples.first_instruction()
-            from instruct_pix2pix.models import sd
-
-            pipeline = sd.build_pipeline(run.configs, *sd.load_frozen(config), run.unet)
-            publishing.export(pipeline, config, summary, run.repo_id, instruction)
+            publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
         write_json(Path(config.output_dir) / "training_summary.json", summary)
         logger.info("the pipeline is in %s", config.output_dir)
     validate(run, config.max_train_steps)

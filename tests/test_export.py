@@ -1,0 +1,268 @@
+"""The exported pipeline: whole whenever it stops, the base's own files, readable, without local paths."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from instruct_pix2pix import publishing
+from instruct_pix2pix.models import sd
+from tests.conftest import copy_tree, small_photo
+
+FROZEN = ("scheduler", "text_encoder", "tokenizer", "vae")
+
+
+def export(base, output_dir, unet=None, **changes):
+    """Export `unet`, or that of `base`, as a training with these flags does."""
+    flags = {
+        "pretrained_model_name_or_path": str(base),
+        "revision": None,
+        "non_ema_revision": None,
+        "variant": None,
+        "cache_dir": None,
+        "dataset_name": None,
+        "train_data_dir": "pairs",
+        "output_dir": str(output_dir),
+        "guidance_scale": 4.0,
+        "image_guidance_scale": 1.2,
+    } | changes
+    config = SimpleNamespace(hub_token=None, **flags)
+    unet = sd.load_unet(config, None) if unet is None else unet
+    publishing.begin(output_dir, flags)
+    publishing.export(config, flags, unet, {"steps": 2}, None, "blur it")
+    return output_dir
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that belongs to a pipeline, by its path in the folder."""
+    names = (*publishing.EXPORTED, publishing.INDEX_FILE)
+    files = [path for name in names for path in [folder / name, *(folder / name).rglob("*")] if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="session")
+def readable_base(base_models, tmp_path_factory) -> Path:
+    """A base model whose files are in the layout that both generations of the libraries read."""
+    folder = copy_tree(base_models["finetune"], tmp_path_factory.mktemp("readable") / "base")
+    sd.make_readable(folder)
+    return folder
+
+
+@pytest.fixture
+def other_base(readable_base, tmp_path) -> Path:
+    """One that differs from `readable_base` in every part, and in the scheduler's class."""
+    folder = copy_tree(readable_base, tmp_path / "other-base")
+    for part in ("text_encoder", "unet", "vae"):
+        [file] = (folder / part).glob("*.safetensors")
+        save_file({name: tensor + 0.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    PNDMScheduler(skip_prk_steps=True).save_pretrained(folder / "scheduler")
+    (folder / "tokenizer" / "added.txt").write_text("the other's")
+    return folder
+
+
+def edit(folder: Path) -> np.ndarray:
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return np.asarray(pipeline("blur it", image=small_photo(), num_inference_steps=2, generator=generator).images[0])
+
+
+# ---- whole, whenever it stops
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_kill_between_any_two_steps_leaves_no_mixture_and_loses_nothing(readable_base, other_base, tmp_path):
+    unets = [UNet2DConditionModel.from_pretrained(base, subfolder="unet") for base in (readable_base, other_base)]
+    old, new = export(readable_base, tmp_path / "old", unets[0]), export(other_base, tmp_path / "new", unets[1])
+    before, after = contents(old), contents(new)
+
+    def is_whole(folder: Path) -> bool:
+        now = contents(folder)
+        return now == before or now | {"README.md": after["README.md"]} == after  # the card names its folder
+
+    step, killed = 0, True
+    while killed:
+        step, killed = step + 1, False
+        output_dir = copy_tree(old, tmp_path / f"run-{step}")
+        done = []
+
+        def until_killed(function, done=done, step=step):
+            def call(*arguments, **options):
+                done.append(arguments)
+                if len(done) == step:
+                    raise Killed
+                return function(*arguments, **options)
+
+            return call
+
+        with pytest.MonkeyPatch.context() as patched:
+            for module, name in ((os, "replace"), (shutil, "rmtree")):
+                patched.setattr(module, name, until_killed(getattr(module, name)))
+            try:
+                export(other_base, output_dir, unets[1])
+            except Killed:
+                killed = True
+        if (output_dir / "model_index.json").exists():
+            assert is_whole(output_dir), done[-1]
+        else:
+            held = {path.read_bytes() for path in output_dir.rglob("*") if path.is_file()}
+            assert {content for content in before.values()} <= held, done[-1]
+            assert {content for name, content in after.items() if name != "README.md"} <= held, done[-1]
+        publishing.begin(output_dir, {})  # as the next run in this folder does
+        assert is_whole(output_dir) and not list(output_dir.glob(".*")), done[-1]
+        shutil.rmtree(output_dir)
+    assert step > 20
+
+
+def test_a_disk_that_fills_up_leaves_the_old_pipeline(readable_base, other_base, tmp_path, monkeypatch):
+    output_dir = export(readable_base, tmp_path / "run")
+    before = contents(output_dir)
+
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
+    with pytest.raises(publishing.UserError, match="--output_dir: the pipeline cannot be written into .*No space"):
+        export(other_base, output_dir)
+    assert contents(output_dir) == before and not list(output_dir.glob(".*"))
+
+
+def test_weights_that_are_not_finite_are_never_exported(readable_base, tmp_path):
+    output_dir = export(readable_base, tmp_path / "run")
+    before = contents(output_dir)
+    unet = UNet2DConditionModel.from_pretrained(readable_base, subfolder="unet")
+    for value in (float("nan"), float("-inf")):
+        with torch.no_grad():
+            unet.mid_block.resnets[0].conv1.bias[3] = value
+        with pytest.raises(publishing.NotFinite, match="mid_block.resnets.0.conv1.bias is not finite") as caught:
+            export(readable_base, output_dir, unet)
+        assert caught.value.exit_code == 1
+    assert contents(output_dir) == before
+
+
+# ---- the base model's own files
+
+
+def test_what_training_does_not_change_is_the_bases_file_by_file(readable_base, other_base, tmp_path):
+    for base, scheduler in ((readable_base, "DDPMScheduler"), (other_base, "PNDMScheduler")):
+        output_dir = export(base, tmp_path / base.name)
+        exported, own = contents(output_dir), contents(base)
+        frozen = [name for name in own if name.startswith(FROZEN)]
+        assert len(frozen) >= 8 and {name: exported[name] for name in frozen} == {name: own[name] for name in frozen}
+        assert {name for name in exported if name.startswith(FROZEN)} == set(frozen)
+        index = json.loads(exported["model_index.json"])
+        reference = json.loads(own["model_index.json"]) | {"scheduler": ["diffusers", scheduler]}
+        assert index == reference
+        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)
+        assert type(pipeline.scheduler).__name__ == scheduler
+
+
+def test_a_variant_is_exported_under_the_plain_name_and_loads_without_a_word(readable_base, tmp_path):
+    base = copy_tree(readable_base, tmp_path / "base")
+    half = StableDiffusionInstructPix2PixPipeline.from_pretrained(base).to(torch.float16)
+    half.save_pretrained(base, variant="fp16")  # beside the float32 files
+    output_dir = export(base, tmp_path / "run", variant="fp16")
+    for name in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        assert (output_dir / f"{name}.safetensors").read_bytes() == (base / f"{name}.fp16.safetensors").read_bytes()
+    assert len(list(output_dir.glob("*/*.safetensors"))) == 3
+    edit(output_dir)  # all parts in float32
+
+
+def test_pickled_weights_are_saved_as_safetensors_unless_there_are_both(readable_base, tmp_path):
+    base = copy_tree(readable_base, tmp_path / "base")
+    for file in (base / "vae/diffusion_pytorch_model.safetensors", base / "text_encoder/model.safetensors"):
+        pickled = file.with_name(
+            {"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[file.parent.name]
+        )
+        torch.save({name: tensor + 1 for name, tensor in load_file(file).items()}, pickled)
+    expected = contents(readable_base)
+    both = contents(export(base, tmp_path / "both"))
+    assert {name: both[name] for name in expected if name.startswith(FROZEN)} == {
+        name: expected[name] for name in expected if name.startswith(FROZEN)
+    }
+    for file in (base / "vae").glob("*.safetensors"), (base / "text_encoder").glob("*.safetensors"):
+        own = load_file(found := next(file))
+        found.unlink()
+        exported = load_file(export(base, tmp_path / found.parent.name) / found.parent.name / found.name)
+        assert exported.keys() == own.keys()
+        assert all(torch.equal(exported[name], tensor + 1) for name, tensor in own.items())
+    assert not list(tmp_path.glob("*/*/*.index.json")) and not list((tmp_path / "vae").glob("*/*.bin"))
+
+
+# ---- readable
+
+
+def test_a_base_in_the_newest_layout_is_exported_in_one_that_older_libraries_read(base_models, tmp_path):
+    base = base_models["finetune"]
+    output_dir = export(base, tmp_path / "run")
+    vocabulary = json.loads((output_dir / "tokenizer/vocab.json").read_text())
+    merges = (output_dir / "tokenizer/merges.txt").read_text().splitlines()
+    model = json.loads((base / "tokenizer/tokenizer.json").read_text())["model"]
+    assert vocabulary == model["vocab"] and merges[0].startswith("#version")
+    assert [line.split(" ") for line in merges[1:]] == model["merges"]
+    flat, named = (
+        load_file(base / "text_encoder/model.safetensors"),
+        load_file(output_dir / "text_encoder/model.safetensors"),
+    )
+    assert named.keys() == {f"text_model.{name}" for name in flat}
+    (output_dir / "tokenizer/tokenizer.json").unlink()  # without which the newer libraries read the other two
+    texts = ["blur it", "Make it 30% SHARPER, don't", "naïve 🦊", "", "rain " * 200]
+    read = []
+    for folder in (base, output_dir):
+        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
+        ids = sd.tokenize(pipeline.tokenizer, texts)
+        read.append((ids, sd.encode_text(pipeline.text_encoder, ids)))
+    assert all(torch.equal(one, other) for one, other in zip(*read, strict=True))
+    assert np.array_equal(edit(base), edit(output_dir))
+
+
+# ---- without paths of this machine
+
+
+def test_configurations_are_equal_after_a_resume_and_name_no_path(small_run, base_models, tmp_path):
+    fresh = small_run(name="fresh", checkpointing_steps=2)
+    resumed = small_run(name="resumed", max_train_steps=2)
+    small_run(name="resumed", resume_from_checkpoint="latest")
+    one, other = contents(fresh), contents(resumed)
+    assert one.keys() == other.keys()
+    assert {name: one[name] for name in one if name != "README.md"} == {
+        name: other[name] for name in other if name != "README.md"
+    }
+    for folder in (fresh, resumed):
+        published = contents(folder) | {"flags": (folder / "training_config.json").read_bytes()}
+        for name, content in published.items():
+            assert (
+                str(tmp_path).encode() not in content and str(base_models["finetune"].parent).encode() not in content
+            ), name
+
+
+def test_a_path_in_the_bases_configuration_is_hidden(readable_base, tmp_path):
+    base = copy_tree(readable_base, tmp_path / "base")
+    for name in ("vae/config.json", "tokenizer/tokenizer_config.json", "unet/config.json"):
+        config = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(config | {"_name_or_path": str(base), "name": "/home/somebody/model"}))
+    exported = contents(export(base, tmp_path / "run"))
+    for name, content in exported.items():
+        assert str(tmp_path).encode() not in content and b"/home/somebody" not in content, name
+    assert json.loads(exported["vae/config.json"])["_name_or_path"] == "base"
+
+
+def test_the_card_edits_with_the_runs_own_guidance(readable_base, tmp_path):
+    card = (
+        export(readable_base, tmp_path / "run", guidance_scale=3.5, image_guidance_scale=1.0) / "README.md"
+    ).read_text()
+    snippet, text = card.partition("```python")[2].partition("```")[0], card.partition("```python")[0]
+    assert " guidance_scale=3.5," in snippet and "image_guidance_scale=1.0," in snippet and '"blur it",' in snippet
+    assert "guidance 3.5 for the instruction and 1.0 for the image" in text
+    compile(snippet, "snippet", "exec")
+    assert str(tmp_path) not in card
