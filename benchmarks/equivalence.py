@@ -60,36 +60,25 @@ def run_ours(flags: list[str]):
     """This project's loop; returns losses, UNet weights, averaged weights, and the batches it was fed."""
     from accelerate.state import AcceleratorState, GradientState
 
-    from instruct_pix2pix.training import trainer
     from instruct_pix2pix.training.options import parse_args
     from instruct_pix2pix.training.preparation import build, check, start_accelerator
 
     # The other sides need the pixels, so the cache stays off; tests/test_latent_cache.py compares it with the live run.
     options = parse_args("", [*flags, "--image_geometry=squash", "--no-cache_latents", "--report_to=none"])
-    accelerator = start_accelerator(options)
-    plan = check(options, accelerator, expected_in_channels=4)
-    training = build(options, accelerator, plan)
-    conv_in_bias = training.bare_unet.conv_in.bias.detach().clone()
-    batches = []  # of the sides that are compared: one per micro-batch
-
-    def noted():
-        for window in original:
-            for start in range(0, len(window["dropout"]), options.train_batch_size):
-                part = slice(start, start + options.train_batch_size)
-                batches.append({name: values[part] for name, values in window.items()})
-            yield window
-
-    original, training.windows = training.windows, noted()
-    losses = [
-        trainer.update(options, accelerator, plan, training, step)[0].item()
-        for step in range(1, options.max_train_steps + 1)
-    ]
+    run = build(check(options, start_accelerator(options), expected_in_channels=4))
+    conv_in_bias = run.unet.conv_in.bias.detach().clone()
+    losses, batches = [], []  # batches: of the sides that are compared, one per micro-batch
+    for step in range(1, options.max_train_steps + 1):
+        window = next(run.windows)
+        for start in range(0, len(window["dropout"]), options.train_batch_size):
+            part = slice(start, start + options.train_batch_size)
+            batches.append({name: values[part] for name, values in window.items()})
+        losses.append(run.update.run(run.make_inputs(window), run.learning_rate(step))[0].item())
     # accelerate keeps its state for the life of a process; the next side starts afresh.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    names = [name for name, _ in training.bare_unet.named_parameters()]
-    weights = {name: p.detach().clone() for name, p in training.bare_unet.named_parameters()}
-    return losses, weights, dict(zip(names, training.ema.shadow, strict=True)), batches, conv_in_bias
+    weights = {name: p.detach().clone() for name, p in run.unet.named_parameters()}
+    return losses, weights, dict(zip(weights, run.ema.shadow, strict=True)), batches, conv_in_bias
 
 
 def run_plainly(args, model: Path, batches: list[dict]):

@@ -4,15 +4,14 @@
     python -m benchmarks.train_step --size small          # minutes on a CPU
     python -m benchmarks.train_step --size sd15           # Stable Diffusion v1.5's shapes, for a GPU
 
-First whole updates are timed undisturbed, then as many with a clock around every stage; a CUDA graph is one stage, and
-the optimizer's pass in it is timed by itself as well. The floor is what the same arithmetic (counted) and the
-optimizer's bytes would take at the rates of one matrix product and one copy, measured on this device. Seconds from
-launch count from the start of the process, imports included; run twice, so that the cache is there the second time.
-Prints a table, then one JSON line.
+First whole updates are timed undisturbed, then as many under PyTorch's profiler, which tells the stages (on a GPU by
+the time of their kernels) and with --operators the slowest operators. The floor is what the same arithmetic (counted)
+and the optimizer's bytes would take at the rates of one matrix product and one copy, measured on this device. Seconds
+from launch count from the start of the process, imports included; run twice, so that the cache is there the second
+time. Prints a table, then one JSON line.
 """
 
 import argparse
-import gc
 import json
 import shutil
 import statistics
@@ -21,11 +20,10 @@ from pathlib import Path
 
 from benchmarks import machine
 
-# AdamW with the average in one pass: gradient read twice (the norm comes first), weight, two moments and average read
-# and written; in half precision a smaller gradient, and a copy of the weight written.
-BYTES_PER_PARAMETER = {"no": 40, "fp16": 38, "bf16": 38}
-
-ONE_PASS = "clip, AdamW, EMA, copies"
+# AdamW with the average, each tensor touched once: gradient read twice (the norm comes first), weight, two moments and
+# average read and written, in float32.
+BYTES_PER_PARAMETER = 40
+STAGES = ("data", "encoders and noise", "UNet forward and backward", "clip, AdamW, EMA")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,13 +37,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 on a GPU, no on a CPU.")
     what.add_argument("--gradient_checkpointing", action="store_true", help="As in training.")
     what.add_argument("--max_micro_batch_size", help="As in training: a number, or auto.")
-    what.add_argument("--compile", action="store_true", help="As in training: compiled, channels_last, CUDA graph.")
+    what.add_argument("--compile", action="store_true", help="As in training.")
     what.add_argument("--no_ema", action="store_true", help="Leave the average out.")
     what.add_argument("--no_cache", action="store_true", help="Decode images and run the frozen encoders.")
     what.add_argument("--num_workers", type=int, default=0, help="Processes that load data.")
     how = parser.add_argument_group("how it is timed")
     how.add_argument("--updates", type=int, default=10, help="Updates timed, and timed again stage by stage.")
     how.add_argument("--warmup", type=int, default=3, help="Updates before the clock starts.")
+    how.add_argument("--operators", type=int, default=0, help="Print so many of the slowest operators.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the pairs are kept.")
     args = parser.parse_args(argv)
     machine.require_positive(args, "batch_size", "accumulation", "updates", "warmup")
@@ -78,60 +77,6 @@ def training_flags(args, model: Path, data, output_dir: Path, updates: int) -> l
     return flags + ([] if args.no_ema else ["--use_ema"])
 
 
-class Stages:
-    """Clocks around the callables of an update; on a GPU device events, so that nothing waits."""
-
-    def __init__(self, cuda: bool):
-        self.cuda, self.spans = cuda, {}
-
-    def now(self):
-        import torch
-
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def note(self, stage: str, start) -> None:
-        self.spans.setdefault(stage, []).append((start, self.now()))
-
-    def around(self, owner, name: str, stage: str) -> None:
-        """Replace a callable attribute by itself with a clock around it."""
-        function = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            start = self.now()
-            result = function(*args, **kwargs)
-            self.note(stage, start)
-            return result
-
-        setattr(owner, name, timed)
-
-    def around_next(self, iterator, stage: str):
-        """The iterator with a clock around each next()."""
-        while True:
-            start = self.now()
-            item = next(iterator, None)
-            if item is None:
-                return
-            self.note(stage, start)
-            yield item
-
-    def around_forward(self, model, stage: str) -> None:
-        starts = []
-        model.register_forward_pre_hook(lambda *_: starts.append(self.now()))
-        model.register_forward_hook(lambda *_: self.note(stage, starts.pop()))
-
-    def milliseconds(self, updates: int) -> dict[str, float]:
-        """Time per update of every stage."""
-
-        def length(start, end) -> float:
-            return start.elapsed_time(end) if self.cuda else 1000 * (end - start)
-
-        return {stage: sum(length(*span) for span in spans) / updates for stage, spans in self.spans.items()}
-
-
 def measured_rates(device) -> tuple[float, float]:
     """(FLOP/s of a large matrix product, bytes/s read and written by a large copy) of a device, the best of five."""
     import torch
@@ -155,34 +100,39 @@ def measured_rates(device) -> tuple[float, float]:
     return 2 * side**3 / best(lambda: a @ b), 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
-def time_one_pass(one_pass, repeats: int = 20) -> float:
-    """Milliseconds of clipping, AdamW, average and copies, recorded by themselves, on gradients of zeros."""
-    import torch
-
-    for leaf in one_pass.leaves:
-        leaf.grad = torch.zeros_like(leaf)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        one_pass.step(recording=True)
-    one_pass.finish_recording()
-    graph.replay()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        graph.replay()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / repeats
-    one_pass.recorded = []
-    for leaf in one_pass.leaves:
-        leaf.grad = None
-    return 1000 * seconds
-
-
 def wait(device) -> None:
     import torch
 
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def profile(run, updates: int, first_step: int, operators: int) -> tuple[dict[str, float], str]:
+    """Milliseconds per update of every stage, and the profiler's table of operators."""
+    import torch
+    from torch.profiler import ProfilerActivity, record_function
+
+    cuda = run.accelerator.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for step in range(first_step, first_step + updates):
+            with record_function(STAGES[0]):
+                window = next(run.windows)
+            with record_function(STAGES[1]):
+                inputs = run.make_inputs(window)
+            with record_function(STAGES[2]):
+                run.update.forward_backward(inputs)
+            with record_function(STAGES[3]):
+                run.update.clip_and_step(run.learning_rate(step))
+                run.update.drop_gradients()
+        wait(run.accelerator.device)
+    averages = profiler.key_averages()
+    total = "device_time_total" if cuda else "cpu_time_total"
+    found = {event.key: getattr(event, total) for event in averages if event.key in STAGES}
+    order = f"self_{total}"
+    return {name: found[name] / updates / 1000 for name in STAGES}, averages.table(
+        sort_by=order, row_limit=max(1, operators)
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -192,9 +142,9 @@ def main(argv: list[str] | None = None) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks import models
-    from instruct_pix2pix.models import sd as components
-    from instruct_pix2pix.training import options, preparation, trainer
-    from instruct_pix2pix.training import step as speed
+    from instruct_pix2pix.training import options, preparation
+    from instruct_pix2pix.training import step as steps
+    from instruct_pix2pix.training.log import set_up_logging
 
     if args.mixed_precision is None:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
@@ -204,103 +154,64 @@ def main(argv: list[str] | None = None) -> dict:
     output_dir = folder / "train_step"
     shutil.rmtree(output_dir, ignore_errors=True)
 
-    trainer._set_up_logging()
+    set_up_logging()
     updates = args.warmup + 2 * args.updates + 1
     launched = psutil.Process().create_time()
     flags = options.parse_args("", training_flags(args, model, data, output_dir, updates))
     accelerator = preparation.start_accelerator(flags)
-    device = accelerator.device
-    plan = preparation.check(flags, accelerator, expected_in_channels=4)
-    training = preparation.build(flags, accelerator, plan)
-    speed.settle(flags, accelerator, plan, training, trainer.forward_backward)
-    if device.type == "cuda":
+    device, cuda = accelerator.device, accelerator.device.type == "cuda"
+    run = preparation.build(preparation.check(flags, accelerator, expected_in_channels=4))
+    if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds_from_launch = {"ready": round(time.time() - launched, 1)}
     step = 0
 
-    def run(count: int) -> list[float]:
+    def update() -> None:
         nonlocal step
-        seconds = []
-        for _ in range(count):
-            step += 1
-            start = time.perf_counter()
-            trainer.update(flags, accelerator, plan, training, step)
-            wait(device)
-            seconds.append(time.perf_counter() - start)
-        return seconds
+        step += 1
+        run.update.run(run.make_inputs(next(run.windows)), run.learning_rate(step))
 
-    run(1)
-    seconds_from_launch["first update"] = round(time.time() - launched, 1)
-    run(args.warmup - 1)
-    if device.type == "cuda":
-        # Undisturbed also means that the host may run ahead.
+    def clocked(count: int) -> float:
+        """Milliseconds of `count` updates; undisturbed, so that the host may run ahead of a GPU."""
         wait(device)
         start = time.perf_counter()
-        for _ in range(args.updates):
-            step += 1
-            trainer.update(flags, accelerator, plan, training, step)
+        for _ in range(count):
+            update()
         wait(device)
-        total = 1000 * (time.perf_counter() - start) / args.updates
-    else:
-        total = 1000 * statistics.median(run(args.updates))
-    stages = Stages(device.type == "cuda")
-    training.windows = stages.around_next(training.windows, "data")
-    if training.cache is not None:
-        stages.around(training.cache, "look_up", "look-up in the cache")
-    stages.around(components, "tokenize", "tokenizer and text encoder")
-    stages.around(components, "encode_text", "tokenizer and text encoder")
-    stages.around(components, "encode_pair", "VAE")
-    if training.graph is not None:
-        stages.around(training.graph, "replay", "CUDA graph: UNet, AdamW, EMA")
-    elif training.predict is not training.eager:
-        stages.around(training, "predict", "UNet forward")
-    else:
-        stages.around_forward(training.eager, "UNet forward")
-    if training.graph is None:
-        stages.around(accelerator, "backward", "backward")
-    if training.one_pass is None:
-        stages.around(trainer, "clip_gradients", "clip")
-        stages.around(training.optimizer, "step", "AdamW")
-        if training.ema is not None:
-            stages.around(training.ema, "update", "EMA")
-    elif training.graph is None:
-        stages.around(training.one_pass, "step", ONE_PASS)
-    staged_total = 1000 * sum(run(args.updates)) / args.updates
-    stage_ms = stages.milliseconds(args.updates)
-    stage_ms["rest"] = staged_total - sum(stage_ms.values())
-    peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if device.type == "cuda" else None
-    compiled, graphed = training.predict is not training.eager, training.graph is not None
-    # Operations are counted as they are dispatched. A graph's memory is given back first.
-    training.graph, training.predict = None, training.eager
-    if graphed:
-        stage_ms[f"  in the graph: {ONE_PASS}"] = time_one_pass(training.one_pass)
-        gc.collect()
-        torch.cuda.empty_cache()
-    with FlopCounterMode(display=False) as counted:
-        run(1)
+        return 1000 * (time.perf_counter() - start)
 
-    parameters = sum(parameter.numel() for parameter in training.bare_unet.parameters())
+    clocked(1)
+    seconds_from_launch["first update"] = round(time.time() - launched, 1)
+    clocked(args.warmup - 1)
+    total = clocked(args.updates) / args.updates if cuda else statistics.median(clocked(1) for _ in range(args.updates))
+    peak = round(torch.cuda.max_memory_reserved() / 2**30, 2) if cuda else None
+    stages, table = profile(run, args.updates, step + 1, args.operators)
+    # Operations are counted as they are dispatched, which a compiled update does not do.
+    parts = (run.update.accelerator, accelerator.unwrap_model(run.unet), run.update.optimizer, run.ema)
+    plain = steps.Update(run.config, *parts, run.update.micro_batch_size)
+    with FlopCounterMode(display=False) as counted:
+        plain.run(run.make_inputs(next(run.windows)), 0.0)
+
+    parameters = sum(parameter.numel() for parameter in run.unet.parameters())
     flops_rate, bytes_rate = measured_rates(device)
-    optimizer_bytes = BYTES_PER_PARAMETER[flags.mixed_precision] * parameters
+    optimizer_bytes = BYTES_PER_PARAMETER * parameters
     floor = 1000 * (counted.get_total_flops() / flops_rate + optimizer_bytes / bytes_rate)
     result = {
         "size": args.size,
         "resolution": args.resolution,
-        "images_per_update": plan.effective_batch,
-        "micro_batch_size": training.micro_batch_size,
-        "compiled": compiled,
-        "one_pass_optimizer": training.one_pass is not None,
-        "cuda_graph": graphed,
+        "images_per_update": run.images_per_update,
+        "micro_batch_size": run.update.micro_batch_size,
+        "compiled": isinstance(run.update, steps.CompiledUpdate),
         "gradient_checkpointing": args.gradient_checkpointing,
         "mixed_precision": args.mixed_precision,
-        "cached": training.cache is not None,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "cached": run.config.cache_latents,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         **machine.describe(),
         "parameters": parameters,
         "ms_per_update": round(total, 2),
-        "images_per_second": round(1000 * plan.effective_batch / total, 2),
-        "stages_ms": {stage: round(value, 2) for stage, value in stage_ms.items()},
+        "images_per_second": round(1000 * run.images_per_update / total, 2),
+        "stages_ms": {stage: round(value, 2) for stage, value in stages.items()},
         "seconds_from_launch": seconds_from_launch,
         "teraflop_per_update": round(counted.get_total_flops() / 1e12, 6),
         "measured_teraflops": round(flops_rate / 1e12, 3),
@@ -308,16 +219,19 @@ def main(argv: list[str] | None = None) -> dict:
         "floor_ms": round(floor, 2),
         "peak_memory_gib": peak,
     }
-    print_table(result, staged_total)
+    if args.operators:
+        print(table)
+    print_table(result)
     print(json.dumps(result))
     return result
 
 
-def print_table(result: dict, staged_total: float) -> None:
+def print_table(result: dict) -> None:
     print(f"\n{result['size']}, {result['resolution']} px, {result['images_per_update']} images, {result['device']}")
+    profiled = sum(result["stages_ms"].values())
     for stage, value in result["stages_ms"].items():
-        print(f"  {stage:50s}{value:10.2f} ms {100 * value / staged_total:6.1f} %")
-    print(f"  {'sum, with the clocks':50s}{staged_total:10.2f} ms")
+        print(f"  {stage:50s}{value:10.2f} ms {100 * value / profiled:6.1f} %")
+    print(f"  {'sum, under the profiler':50s}{profiled:10.2f} ms")
     total, floor = result["ms_per_update"], result["floor_ms"]
     print(f"  {'update, undisturbed':50s}{total:10.2f} ms, {result['images_per_second']} images/s")
     print(f"  {'floor of this device':50s}{floor:10.2f} ms, {100 * floor / total:.0f} % of the update")
