@@ -146,6 +146,12 @@ def test_8bit_adam_checkpoints_resumes_bit_by_bit_and_exports(small_run, base_mo
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_kind_of_adam_cannot_change_on_resume(small_run):
+    small_run(max_train_steps=1)
+    with pytest.raises(UserError, match="--use_8bit_adam: the checkpoint was made without it"):
+        small_run(use_8bit_adam=True, resume_from_checkpoint="latest")
+
+
 def test_moments_come_back_laid_out_as_their_parameters_are():
     """channels_last, which --compile uses on a GPU: kernels that fuse tensors want one layout."""
 

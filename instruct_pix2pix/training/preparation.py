@@ -248,6 +248,11 @@ def _say_what_changed(config, state: dict) -> None:
     """A resumed run may change flags, on purpose or not; those that change the course of training are named."""
     harmless = {"output_dir", "resume_from_checkpoint", "report_to", "max_train_steps", "num_train_epochs"}
     now, then = resolved(config), state["flags"]
+    if now["use_8bit_adam"] != then.get("use_8bit_adam", False):
+        raise UserError(
+            f"--use_8bit_adam: the checkpoint was made {'without' if now['use_8bit_adam'] else 'with'} it, and its"
+            " optimizer's state is of that kind; give the flag as it was"
+        )
     changed = [f"{name} {then[name]} -> {now[name]}" for name in sorted(now) if now[name] != then.get(name, now[name])]
     changed = [text for text in changed if text.split()[0] not in harmless]
     if changed:
@@ -303,8 +308,9 @@ def build(plan: Plan) -> Run:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    if config.compile and on_gpu:
+    if config.compile and on_gpu and not config.use_8bit_adam:  # which lays the weights out anew by itself
         unet.to(memory_format=torch.channels_last)  # slower on a CPU
+    if config.compile and on_gpu:
         torch.backends.cudnn.benchmark = True  # shapes never change
     optimizer = _build_optimizer(config, unet)
     schedule = get_scheduler(
