@@ -4,14 +4,12 @@ A set is recognised by the names of folders and files on the way to an image, at
 that an archive may be unpacked as it is, or nested once more, and one part of a set will do.
 """
 
-import hashlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from instruct_pix2pix.building.photos import SPLIT_NAMES
+from instruct_pix2pix.building.photos import SPLIT_NAMES, files_digest
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.images import walk_images
 
@@ -145,7 +143,7 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
     if not root.is_dir():
         raise UserError(f"{flag}: {root}: no such folder; give the folder that holds {restoration_set.layouts}")
     sides: dict[str, dict[str, tuple[str, Place]]] = {"input": {}, "target": {}}
-    digest = hashlib.sha256()
+    used = []
     for path in sorted(walk_images(root)):
         parts = path.lower().split("/")
         place = restoration_set.place(parts[:-1], parts[-1].rsplit(".", 1)[0])
@@ -155,7 +153,7 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
         # Of a frame kept in both formats, the PNG.
         if known is None or known[0].lower().endswith(("jpg", "jpeg")):
             sides[place.side][place.key] = path, place
-        digest.update(os.fsencode(f"{path}\t{(root / path).stat().st_size}\n"))
+        used.append(path)
     inputs, targets = sides["input"], sides["target"]
     pairs = [
         Pair(f"{name}/{targets[key][0]}", f"{name}/{path}", place.split, place.group)
@@ -171,4 +169,4 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
             "unpack both sides of the set"
         )
     skipped = [{"source": f"{name}/{path}", "reason": "no partner"} for path in alone]
-    return pairs, skipped, digest.hexdigest()
+    return pairs, skipped, files_digest(root, used)
