@@ -7,13 +7,12 @@ Needs a token that may write, from `hf auth login` or in HF_TOKEN. Running it ag
 
 from pathlib import Path
 
-from instruct_pix2pix.building import build as records
-from instruct_pix2pix.building.build import UserError, first_line
+from instruct_pix2pix.cli import Parser, UserError, first_line, run
 
 
-def parse_arguments():
+def main(argv: list[str] | None = None) -> None:
     # fmt: off
-    parser = records.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("what and where").add_argument
     add("folder", type=Path, metavar="FOLDER", help="a finished dataset folder")
     add("repo_id", metavar="REPO_ID", help="the repository on the Hub, USER/NAME; made if it is not there")
@@ -21,10 +20,7 @@ def parse_arguments():
     add("--revision", metavar="BRANCH", help="push to this branch, made if it is not there, instead of main")
     add("--commit_message", default="Upload dataset", metavar="TEXT", help="message of the commit")
     # fmt: on
-    return parser, parser.parse_args()
-
-
-def main(args) -> None:
+    args = parser.parse_args(argv)
     folder = args.folder
     shards = sorted(folder.glob("data/*.parquet"))
     if not folder.is_dir():
@@ -67,5 +63,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser, args = parse_arguments()
-    records.run(parser, lambda: main(args))
+    run(main)
