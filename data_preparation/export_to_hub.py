@@ -2,7 +2,8 @@
 
     python data_preparation/export_to_hub.py FOLDER USER/NAME [--private]
 
-Needs a token that may write, from `hf auth login` or in HF_TOKEN. Running it again uploads only what has changed.
+Needs a token that may write, from `hf auth login` or in HF_TOKEN. The rows are checked first, as training does it.
+Running it again uploads only what has changed.
 """
 
 from pathlib import Path

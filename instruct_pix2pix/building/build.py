@@ -31,6 +31,7 @@ from instruct_pix2pix.building.plan import SPLITS, Row, draw_instruction
 from instruct_pix2pix.building.restoration_sets import SETS
 from instruct_pix2pix.cli import UserError, whole_number
 from instruct_pix2pix.files import (
+    check_folder,
     file_sha256,
     fingerprint,
     flush,
@@ -76,6 +77,7 @@ def add_dataset_flags(parser, instructions: Path, what: str) -> None:
 
 
 def check_dataset_flags(args) -> None:
+    check_folder("--output_dir", args.output_dir)
     for name in ("photos", *SETS):
         if (folder := getattr(args, name, None)) and args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
@@ -107,10 +109,7 @@ def build(args, settings: dict, instructions: dict, columns: dict, about: dict, 
     for name in ("all_instructions", "seed", "validation_fraction", "test_fraction", "rows_per_shard"):
         settings[name] = getattr(args, name)
     settings = json.loads(json.dumps(settings))  # as it will be read back
-    try:
-        (output_dir / "data").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir: {output_dir}: {error.strerror}; choose a folder that can be written") from None
+    (output_dir / "data").mkdir(parents=True, exist_ok=True)
 
     def make_columns(rows: list[Row]) -> dict[str, list]:
         inputs, targets = zip(*make_rows(rows), strict=True)
@@ -143,7 +142,7 @@ def build(args, settings: dict, instructions: dict, columns: dict, about: dict, 
     skipped_path = output_dir / "skipped.jsonl"
     skipped = [json.loads(line) for line in skipped_path.read_text().splitlines()]
     write_bytes(output_dir / "preview.png", encode_image(preview(output_dir, shards, columns), ".png"))
-    write_text(output_dir / "README.md", card(args, columns, instructions, rows, skipped, checksums, **about))
+    write_text(output_dir / "README.md", card(args, columns, instructions, about, rows, skipped, checksums))
     shutil.rmtree(output_dir / "parts", ignore_errors=True)
     for left_by_a_kill in output_dir.glob(".*.partial"):
         left_by_a_kill.unlink()
@@ -300,14 +299,10 @@ def card(
     args,
     columns: dict,
     instructions: dict,
+    about: dict,
     rows: list[Row],
     skipped: list[dict],
     checksums: dict[str, str],
-    title: str,
-    licence: str,
-    tags: list[str],
-    about: str,
-    licences: str,
 ) -> str:
     """The dataset card: front matter that `datasets.load_dataset` reads, then what a reader needs to know."""
     splits = [split for split in SPLITS if any(row.split == split for row in rows)]
@@ -316,29 +311,29 @@ def card(
     table = [[task, *(counts[task, split] for split in splits)] for task in tasks]
     if len(tasks) > 1:
         table.append(["all", *(sum(counts[task, split] for task in tasks) for split in splits)])
-    about += " No picture is in two splits."
+    text = about["about"] + " No picture is in two splits."
     if any(training != testing for training, testing in instructions.values()):
-        about += " The test split has wordings of the instructions that the other splits do not have."
+        text += " The test split has wordings of the instructions that the other splits do not have."
     wording = ", every wording" if args.all_instructions else ""
-    meanings = {name: text + (wording if role == "instruction" else "") for name, (role, text) in columns.items()}
+    meanings = {name: held + (wording if role == "instruction" else "") for name, (role, held) in columns.items()}
 
     lines = "\n".join
     data_files = lines(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits)
     return f"""---
-license: {licence}
+license: {about["licence"]}
 task_categories:
 - image-to-image
 tags:
-{lines(f"- {tag}" for tag in tags)}
+{lines(f"- {tag}" for tag in about["tags"])}
 configs:
 - config_name: default
   data_files:
 {data_files}
 ---
 
-# {title}
+# {about["title"]}
 
-{about}
+{text}
 
 ![preview](preview.png)
 
@@ -346,7 +341,7 @@ configs:
 
 | column | content |
 |---|---|
-{lines(f"| `{name}` | {text} |" for name, text in meanings.items())}
+{lines(f"| `{name}` | {meaning} |" for name, meaning in meanings.items())}
 
 ## Rows
 
@@ -358,7 +353,7 @@ Left out: {len(skipped)} (`skipped.jsonl` says which and why).
 
 ## Licences
 
-{licences}
+{about["licences"]}
 
 ## How it was made
 

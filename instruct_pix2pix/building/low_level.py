@@ -58,7 +58,11 @@ def build_low_level(args) -> None:
         "tags": ["image-editing", "instruction-tuning", "image-restoration", *tasks],
         "about": "Degraded images, the images without the flaw, and instructions that ask for the repair."
         + (f" Images larger than {args.tile} pixels are cut into tiles." if args.tile else "")
-        + (" The degradations are described in `degradations.py` of the project." if photos else ""),
+        + (
+            " The degradations are described in `instruct_pix2pix/building/degradations.py` of the project."
+            if photos
+            else ""
+        ),
         "licences": "\n".join(licences),
     }
     pool = ThreadPoolExecutor(THREADS)

@@ -43,19 +43,21 @@ def reds(parts: list[str], stem: str) -> Place | None:
     return Place(side, f"{split}/{clip}/{stem}", SPLIT_NAMES.get(split, ""), f"clip {split}/{clip}")
 
 
-RAIN_TEST_SETS = ("test100", "rain100h", "rain100l", "test2800", "test1200")
+def side_by_side(
+    parts: list[str], stem: str, input_folder: str, target_folder: str, train: str, tests: set[str]
+) -> Place | None:
+    """.../{input,target}/<name>, where a folder on the way tells the split."""
+    if not parts or parts[-1] not in (input_folder, target_folder):
+        return None
+    split = "test" if tests & set(parts) else "train" if train in parts else ""
+    key = "/".join([*parts[:-1], stem])
+    return Place("input" if parts[-1] == input_folder else "target", key, split, key)
 
 
 def rain13k(parts: list[str], stem: str) -> Place | None:
     """Rain13k: {train,test}[/<set>]/{input,target}/<name>, as HINet, MPRNet and Restormer each arrange it."""
-    if not parts or parts[-1] not in ("input", "target"):
-        return None
-    within = "/".join(parts[:-1])
-    if "test" in parts or any(part in RAIN_TEST_SETS for part in parts):
-        split = "test"
-    else:
-        split = "train" if "train" in parts else ""
-    return Place(parts[-1], f"{within}/{stem}", split, f"{within}/{stem}")
+    tests = {"test", "test100", "rain100h", "rain100l", "test2800", "test1200"}
+    return side_by_side(parts, stem, "input", "target", "train", tests)
 
 
 def sidd(parts: list[str], stem: str) -> Place | None:
@@ -75,22 +77,13 @@ def sidd(parts: list[str], stem: str) -> Place | None:
 
 def lol(parts: list[str], stem: str) -> Place | None:
     """LOL: {our485,eval15}/{low,high}/<name>."""
-    if not parts or parts[-1] not in ("low", "high"):
-        return None
-    split = "train" if "our485" in parts else "test" if "eval15" in parts else ""
-    within = "/".join(parts[:-1])
-    return Place("input" if parts[-1] == "low" else "target", f"{within}/{stem}", split, f"{within}/{stem}")
+    return side_by_side(parts, stem, "low", "high", "our485", {"eval15"})
 
 
 def raindrop(parts: list[str], stem: str) -> Place | None:
     """RainDrop: {train,test_a,test_b}/{data,gt}/<number>_{rain,clean}; test_a is part of test_b."""
-    match = re.match(r"\d+", stem)
-    if not parts or parts[-1] not in ("data", "gt") or not match:
-        return None
-    split = "train" if "train" in parts else "test" if {"test_a", "test_b"} & set(parts) else ""
-    within = "/".join(parts[:-1])
-    side = "input" if parts[-1] == "data" else "target"
-    return Place(side, f"{within}/{match[0]}", split, f"{within}/{match[0]}")
+    number = re.match(r"\d+", stem)
+    return side_by_side(parts, number[0], "data", "gt", "train", {"test_a", "test_b"}) if number else None
 
 
 class RestorationSet(NamedTuple):

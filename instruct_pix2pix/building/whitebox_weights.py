@@ -16,6 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
 
 from instruct_pix2pix.building.whitebox import Generator
 from instruct_pix2pix.cli import UserError, first_line
@@ -29,7 +32,7 @@ with torch.device("meta"):
 def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict[str, np.ndarray]:
     """Read and check the weights. Raises UserError, which names the first array that does not fit."""
     path = Path(source)
-    readers = {".npz": np.load, ".safetensors": read_safetensors, ".tflite": read_tflite}
+    readers = {".npz": np.load, ".safetensors": load_file, ".tflite": read_tflite}
     try:
         if path.is_dir():
             arrays = read_saved_model(path)
@@ -65,18 +68,8 @@ def check(arrays: dict[str, np.ndarray]) -> None:
             raise ValueError(f"{name} holds values that are not finite")
 
 
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
-
-
 def read_hub(repository: str, flag: str) -> dict[str, np.ndarray]:
     """Download a SavedModel's variables, convert them once, keep the result beside the Hub's own cache."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from safetensors.numpy import save_file
-
     try:
         snapshot = Path(snapshot_download(repository, allow_patterns=["variables/*", "*/variables/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -84,7 +77,7 @@ def read_hub(repository: str, flag: str) -> dict[str, np.ndarray]:
         raise UserError(f"{flag}: {repository}: cannot be had from the Hub ({reason}); give a file instead") from None
     cached = Path(constants.HF_HOME) / "whitebox-cartoonizer" / f"{snapshot.name}.safetensors"
     if cached.is_file():
-        return read_safetensors(cached)
+        return load_file(cached)
     arrays = read_saved_model(snapshot)
     check(arrays)
     cached.parent.mkdir(parents=True, exist_ok=True)
