@@ -1,52 +1,49 @@
 """Measure the White-box cartoonizer: PyTorch in batches against the TensorFlow Lite interpreter image by image.
 
-    PYTHONPATH=data_preparation python benchmarks/cartoonizer.py --cartoonizer_weights FILE --tflite FILE.tflite
-    PYTHONPATH=data_preparation python benchmarks/cartoonizer.py --cartoonizer_weights FILE --device cuda \\
-        --dtype float16 --size 512
+    python -m benchmarks.cartoonizer --cartoonizer_weights FILE --tflite FILE.tflite
+    python -m benchmarks.cartoonizer --cartoonizer_weights FILE --device cuda --dtype float16 --size 512
 
 Both sides run the generator and the guided filter, from float32 photos in [-1, 1] to float32 cartoons, in turns in one
 process and with the same number of threads; the best of --rounds counts. The tflite file takes 224x224 only; the
 interpreter is `pip install ai-edge-litert`. The last line is JSON.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
 
+from instruct_pix2pix.cli import Parser, run, whole_number
+
 ROOT = Path(__file__).parent.parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--cartoonizer_weights", required=True, help="as for build_cartoonization.py")
-    add("--tflite", help="the same network as a TensorFlow Lite file (default: leave it out)")
-    add("--device", default="cpu", help="of the PyTorch side (default: %(default)s)")
-    add("--dtype", default="float32", help="of the PyTorch generator (default: %(default)s)")
-    add("--size", type=int, default=224, help="side of the square photos (default: %(default)s)")
-    add("--batch_sizes", type=int, nargs="+", default=[1, 4, 16], help="for PyTorch (default: 1 4 16)")
-    add("--images", type=int, default=16, help="photos in a round (default: %(default)s)")
-    add("--rounds", type=int, default=5, help="rounds, of which the best counts (default: %(default)s)")
-    add("--threads", type=int, default=2, help="for both sides (default: %(default)s)")
-    args = parser.parse_args()
+    add("--tflite", help="the same network as a TensorFlow Lite file; left out, PyTorch runs alone")
+    add("--device", default="cpu", help="of the PyTorch side")
+    add("--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the PyTorch generator")
+    add("--size", type=whole_number(4), default=224, help="side of the square photos")
+    add("--batch_sizes", type=whole_number(1), nargs="+", default=[1, 4, 16], help="for PyTorch")
+    add("--images", type=whole_number(1), default=16, help="photos in a round")
+    add("--rounds", type=whole_number(1), default=5, help="rounds, of which the best counts")
+    add("--threads", type=whole_number(1), default=2, help="for both sides")
+    args = parser.parse_args(argv)
 
     import numpy as np
     import torch
-    from PIL import Image
 
-    from instruct_pix2pix.building.whitebox import Generator, guided_filter
+    from instruct_pix2pix.building.whitebox import guided_filter, load_generator
     from instruct_pix2pix.building.whitebox_weights import read_weights
+    from instruct_pix2pix.images import read_image
 
     torch.set_num_threads(args.threads)
     paths = sorted((ROOT / "assets/photos/train").glob("*.webp"))[: args.images]
-    photos = np.stack([np.asarray(Image.open(p).convert("RGB").resize((args.size,) * 2))[..., ::-1] for p in paths])
+    photos = np.stack([np.asarray(read_image(path).resize((args.size,) * 2))[..., ::-1] for path in paths])
     photos = (photos / 127.5 - 1).astype(np.float32)  # (N, H, W, 3) BGR
-
-    generator = Generator()
-    generator.load_state_dict({k: torch.from_numpy(v) for k, v in read_weights(args.cartoonizer_weights).items()})
     dtype = getattr(torch, args.dtype)
-    generator = generator.eval().requires_grad_(False).to(args.device, dtype, memory_format=torch.channels_last)
+    generator = load_generator(read_weights(args.cartoonizer_weights), args.device, dtype)
 
     @torch.inference_mode()
     def run_torch(batch_size: int):
@@ -75,12 +72,12 @@ def main() -> None:
 
         runs["tflite, one by one"] = run_tflite
 
-    outputs = {name: run() for name, run in runs.items()}  # a first round to warm up
+    outputs = {name: function() for name, function in runs.items()}  # a first round to warm up
     seconds = dict.fromkeys(runs, float("inf"))
     for _ in range(args.rounds):
-        for name, run in runs.items():  # in turns, so that a busy moment of the machine hits all alike
+        for name, function in runs.items():  # in turns, so that a busy moment of the machine hits all alike
             start = time.perf_counter()
-            run()
+            function()
             seconds[name] = min(seconds[name], time.perf_counter() - start)
     speeds = {name: len(photos) / value for name, value in seconds.items()}
     for name, speed in speeds.items():
@@ -102,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -2,18 +2,18 @@
 
     python data_preparation/export_to_hub.py FOLDER USER/NAME [--private]
 
-Needs a token that may write, from `hf auth login` or in HF_TOKEN. Running it again uploads only what has changed.
+Needs a token that may write, from `hf auth login` or in HF_TOKEN. The rows are checked first, as training does it.
+Running it again uploads only what has changed.
 """
 
 from pathlib import Path
 
-from instruct_pix2pix.building import build as records
-from instruct_pix2pix.building.build import UserError, first_line
+from instruct_pix2pix.cli import Parser, UserError, first_line, run
 
 
-def parse_arguments():
+def main(argv: list[str] | None = None) -> None:
     # fmt: off
-    parser = records.Parser(__doc__)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("what and where").add_argument
     add("folder", type=Path, metavar="FOLDER", help="a finished dataset folder")
     add("repo_id", metavar="REPO_ID", help="the repository on the Hub, USER/NAME; made if it is not there")
@@ -21,10 +21,7 @@ def parse_arguments():
     add("--revision", metavar="BRANCH", help="push to this branch, made if it is not there, instead of main")
     add("--commit_message", default="Upload dataset", metavar="TEXT", help="message of the commit")
     # fmt: on
-    return parser, parser.parse_args()
-
-
-def main(args) -> None:
+    args = parser.parse_args(argv)
     folder = args.folder
     shards = sorted(folder.glob("data/*.parquet"))
     if not folder.is_dir():
@@ -37,6 +34,11 @@ def main(args) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
+    from instruct_pix2pix.data.sources import Source
+    from instruct_pix2pix.data.triples import load_triples
+
+    for split in sorted({shard.name.split("-")[0] for shard in shards}):
+        load_triples(Source(str(folder), "FOLDER", split=split))  # what training could not use is said, not uploaded
     api = HfApi()
     try:
         repo = api.create_repo(args.repo_id, repo_type="dataset", private=args.private or None, exist_ok=True)
@@ -67,5 +69,4 @@ def main(args) -> None:
 
 
 if __name__ == "__main__":
-    parser, args = parse_arguments()
-    records.run(parser, lambda: main(args))
+    run(main)

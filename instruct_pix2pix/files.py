@@ -80,4 +80,4 @@ def for_others(argument) -> str:
     """An argument as it is published: of a path of this machine (also in --flag=path) its last part only."""
     flag, equals, value = str(argument).rpartition("=")
     local = os.path.isabs(value) or (value and os.path.exists(value))
-    return flag + equals + (Path(value).resolve().name if local else value)
+    return flag + equals + (os.path.basename(os.path.abspath(value)) if local else value)

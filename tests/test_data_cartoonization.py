@@ -58,8 +58,9 @@ def build_many(folder: Path, photos: Path) -> Path:
 def test_pairs_are_aligned_and_loadable(tmp_path):
     import datasets
 
-    from instruct_pix2pix.building.cartoonizer import fit_photo, opencv_cartoonize
+    from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
     from instruct_pix2pix.building.photos import decode_image
+    from instruct_pix2pix.data.geometry import fit_photo
 
     for name in ("train", "test"):
         (tmp_path / "photos" / name / "nested").mkdir(parents=True)
@@ -117,7 +118,7 @@ def test_instruction_depends_on_image_and_seed_alone(tmp_path, whole, many_photo
 
 
 def test_held_out_wordings_are_for_the_test_split(whole):
-    from instruct_pix2pix.building.build import read_instructions
+    from instruct_pix2pix.building.plan import read_instructions
 
     training, held_out = read_instructions(ROOT / "data_preparation/instructions/cartoonize.txt")
     assert len(training) >= 50 and len(held_out) >= 5 and not set(training) & set(held_out)
@@ -143,7 +144,8 @@ def test_all_instructions_seed_and_max_num_samples(tmp_path, many_photos):
 
 def test_killed_at_any_moment_and_run_again(tmp_path, many_photos, whole):
     """Killed three times; in between the photos of all finished rows are destroyed: they must not be needed again."""
-    from instruct_pix2pix.building.build import GROUP_PIXELS, GROUP_ROWS, Row, cut, name_shards
+    from instruct_pix2pix.building.build import GROUP_PIXELS, GROUP_ROWS, cut, name_shards
+    from instruct_pix2pix.building.plan import Row
 
     photos = tmp_path / "copy"
     photos.mkdir()
@@ -200,6 +202,24 @@ def test_run_again_when_finished_or_damaged(tmp_path, many_photos, whole):
     assert checksums(dataset) == checksums(whole)
 
 
+@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+def test_a_photo_that_changed_since_the_plan_is_named(tmp_path, content):
+    """Gone, damaged or another picture of as many bytes: the digest of names and sizes does not tell."""
+    photos = make_photos(tmp_path / "photos", 3)
+    arguments = (SCRIPT, *OPENCV, "--photos", photos, "--output_dir", tmp_path / "dataset", "--test_fraction", 0,
+                 "--validation_fraction", 0)  # fmt: skip
+    run(*arguments)
+    next((tmp_path / "dataset/data").iterdir()).unlink()
+    photo = photos / "photo0001.png"
+    size = photo.stat().st_size
+    if content is None:
+        Image.new("RGB", (8, 8)).save(photo)
+        content = photo.read_bytes()
+    photo.write_bytes(content.ljust(size, b"\0"))
+    message = run(*arguments, fails=2)
+    assert "--output_dir: photo0001.png has changed since the build began" in message
+
+
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, many_photos, whole):
     before = checksums(whole)
     message = run(SCRIPT, *OPENCV, "--photos", many_photos, "--output_dir", whole, "--rows_per_shard", 45, "--seed", 5,
@@ -231,7 +251,7 @@ def test_full_disk_leaves_what_is_finished(tmp_path, many_photos, whole):
     )  # fmt: skip
     assert done.returncode == 1
     last = done.stderr.replace("\r", "\n").strip().splitlines()[-1]
-    assert last.startswith(f"{SCRIPT}: error: ") and "run the same command again" in last
+    assert last.startswith(f"{SCRIPT}: error: ") and "make room and run it again" in last
     assert "Traceback" not in done.stderr
     assert not list((tmp_path / "dataset/data").iterdir())
     build_many(tmp_path, many_photos)
@@ -374,4 +394,4 @@ def test_stopping_by_hand_is_one_line(tmp_path, many_photos):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGINT)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "the same command goes on from here" in errors and "Traceback" not in errors

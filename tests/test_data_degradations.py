@@ -7,9 +7,8 @@ import pytest
 from PIL import Image
 
 from instruct_pix2pix.building import degradations
-from tests.data_scripts import PHOTOS  # makes the scripts' folder importable
-
-from instruct_pix2pix.building.degradations import GAMMA, TASKS, degrade  # isort: skip
+from instruct_pix2pix.building.degradations import GAMMA, TASKS, degrade
+from tests.data_scripts import PHOTOS
 
 
 @pytest.fixture(scope="module")

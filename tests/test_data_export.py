@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.conftest import copy_tree
 from tests.data_scripts import ROOT, checksums, make_photos, plan_of, run
 from tests.loopback_hub import loopback_hub
 
@@ -92,6 +93,21 @@ print("null")
         offline = hub.environment(HF_HUB_OFFLINE="1")
     run(build, *arguments, "--output_dir", tmp_path / "two", env=offline)
     assert checksums(tmp_path / "one")["plan.jsonl"] == checksums(tmp_path / "two")["plan.jsonl"]
+
+
+def test_a_row_that_cannot_be_used_is_named_before_anything_is_uploaded(tmp_path, dataset):
+    import pyarrow.parquet as pq
+
+    folder = copy_tree(dataset, tmp_path / "damaged")
+    shard = sorted(folder.glob("data/test-*.parquet"))[0]
+    table = pq.read_table(shard)
+    rows = table.to_pylist()
+    rows[0]["cartoonized_image"]["bytes"] = b"not an image"
+    pq.write_table(table.from_pylist(rows, schema=table.schema), shard)
+    with loopback_hub(tmp_path / "hub") as hub:
+        message = run(SCRIPT, folder, "tester/damaged", env=hub.environment(), fails=2)
+        assert f"FOLDER: {folder}: row 0, column cartoonized_image: not a readable image" in message
+        assert not hub.exists("tester/damaged", "dataset")
 
 
 def test_mistakes_are_one_line(tmp_path, dataset):

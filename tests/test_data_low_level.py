@@ -200,7 +200,17 @@ def test_sets_as_they_are_downloaded(tmp_path, pictures, sets):
     for name, layout in sets.items():
         assert f"| {TASKS[name]} | {EXPECTED[layout][0]} |" in card
     if "raindrop" in sets:
-        assert [reason for reason in skipped_of(dataset).values()] == ["the same pair was there before"]
+        assert list(skipped_of(dataset).values()) == ["the same picture as raindrop/test_a/data/1_rain.jpg"]
+
+
+def test_a_pair_in_two_splits_goes_to_the_held_out_one(tmp_path, pictures):
+    lol(Tree(tmp_path / "lol", pictures))
+    for side in ("low", "high"):
+        (tmp_path / f"lol/eval15/{side}/1.png").write_bytes((tmp_path / f"lol/our485/{side}/2.png").read_bytes())
+    run(SCRIPT, "--lol", tmp_path / "lol", "--output_dir", tmp_path / "dataset")
+    splits = {row["input"]: row["split"] for row in plan_of(tmp_path / "dataset")}
+    assert splits.pop("lol/our485/low/2.png") == "test" and len(splits) == 4
+    assert skipped_of(tmp_path / "dataset") == {"lol/eval15/low/1.png": "the same picture as lol/our485/low/2.png"}
 
 
 def test_counts_fraction_and_published_wording(tmp_path, pictures):
@@ -297,8 +307,8 @@ def test_partners_and_sizes_are_checked(tmp_path, pictures):
 
 
 def test_synthesis(tmp_path):
-    from instruct_pix2pix.building.cartoonizer import fitted_size
     from instruct_pix2pix.building.photos import decode_image
+    from instruct_pix2pix.data.geometry import whitebox_size
 
     photos = make_photos(tmp_path / "photos", 30, side=72)
     arguments = ("--photos", photos, "--synthesize", 70, "--max_short_side", 48, "--rows_per_shard", 12)
@@ -312,14 +322,14 @@ def test_synthesis(tmp_path):
     for row in plan:
         by_photo.setdefault(row["source"], set()).add(row["split"])
     assert len(by_photo) == 30 and all(len(splits) == 1 for splits in by_photo.values())
-    assert {(row["width"], row["height"]) for row in plan} == {fitted_size(72, 72, 48, 1), fitted_size(80, 72, 48, 1)}
+    assert {(row["width"], row["height"]) for row in plan} == {(48, 48), (53, 48)}  # scaled, not cut
 
     import cv2
 
     targets = {}
     for path in photos.iterdir():
         photo = decode_image(path.read_bytes())
-        size = fitted_size(photo.shape[1], photo.shape[0], 48, 1)
+        size = whitebox_size(photo.shape[1], photo.shape[0], 48)[0]
         targets[cv2.resize(photo, size, interpolation=cv2.INTER_AREA).tobytes()] = path.name
     for row in read_rows(dataset, "train"):
         degraded, target = pixels(row["input_image"]), pixels(row["ground_truth_image"])
@@ -356,9 +366,9 @@ def test_a_few_tasks_and_severity(tmp_path):
 
 
 def test_instruction_lists():
-    from data_preparation.build_low_level import SYNTHETIC_TASKS
-    from instruct_pix2pix.building.build import read_instructions
     from instruct_pix2pix.building.degradations import TASKS as degradations
+    from instruct_pix2pix.building.low_level import SYNTHETIC_TASKS
+    from instruct_pix2pix.building.plan import read_instructions
     from instruct_pix2pix.building.restoration_sets import SETS
 
     assert list(degradations) == SYNTHETIC_TASKS

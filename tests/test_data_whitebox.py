@@ -92,11 +92,10 @@ def photo(width: int, height: int) -> np.ndarray:
 def test_generator_and_filter_match_the_reference(weights):
     import torch
 
-    from instruct_pix2pix.building.whitebox import Generator, guided_filter
+    from instruct_pix2pix.building.whitebox import guided_filter, load_generator
 
     image = photo(32, 24)[..., ::-1] / 127.5 - 1
-    generator = Generator()
-    generator.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    generator = load_generator(weights)
     x = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None])).float()
     with torch.no_grad():
         raw = generator(x)
@@ -133,12 +132,12 @@ def nearly_equal(first: np.ndarray, second: np.ndarray) -> bool:
 
 
 def test_photo_fitted_as_the_reference_does():
-    from instruct_pix2pix.building.cartoonizer import fit_photo, fitted_size
+    from instruct_pix2pix.data.geometry import fit_photo, whitebox_size
 
     assert fit_photo(photo(100, 77)).shape == (72, 96, 3)
     assert np.array_equal(fit_photo(photo(100, 77)), photo(100, 77)[:72, :96])  # cropped, not scaled
-    assert fitted_size(1920, 1080, 720) == (1280, 720)
-    assert fitted_size(1081, 1921, 720) == (720, 1272)  # 1921 * 720 / 1081 = 1279.5, cut to 1279, then to 1272
+    assert whitebox_size(1920, 1080) == ((1280, 720), (1280, 720))
+    assert whitebox_size(1081, 1921) == ((720, 1279), (720, 1272))  # 1921 * 720 / 1081 = 1279.5, cut to 1279
     assert fit_photo(np.zeros((1921, 1081, 3), np.uint8)).shape == (1272, 720, 3)
 
 
@@ -383,14 +382,13 @@ def test_parity_with_the_published_tflite_file():
     litert = pytest.importorskip("ai_edge_litert.interpreter")
     import torch
 
-    from instruct_pix2pix.building.whitebox import Generator, guided_filter
+    from instruct_pix2pix.building.whitebox import guided_filter, load_generator
     from instruct_pix2pix.building.whitebox_weights import read_weights
 
     path = f"{REFERENCE}/whitebox_cartoon_gan_fp16.tflite"
     interpreter = litert.Interpreter(path)
     interpreter.allocate_tensors()
-    generator = Generator()
-    generator.load_state_dict({name: torch.from_numpy(array) for name, array in read_weights(path).items()})
+    generator = load_generator(read_weights(path))
     for name in PHOTOS[::40]:
         image = np.asarray(Image.open(name).convert("RGB").resize((224, 224)))[..., ::-1]
         x = (image[None] / 127.5 - 1).astype(np.float32)

@@ -1,11 +1,10 @@
-"""What the dataset builders share: the plan, the parquet shards, the dataset card and the contact sheet.
+"""What the dataset builders share: flags, the plan, the parquet shards, the dataset card and the contact sheet.
 
-A build has two steps. First the *plan*: every row of the dataset as one line of `plan.jsonl` (split, source
-image, its hash, its size, ...). Then the *shards*: each process makes the shards whose number modulo the
-number of processes is its own, a row group at a time. Everything is written to a temporary name and renamed
-when complete, so that a build that was killed at any moment goes on where it stopped when the same command is
-run again, and since the plan alone decides what each file holds, the bytes do not depend on interruptions or
-on the number of processes.
+A build has two steps. First the *plan*: every row of the dataset as one line of `plan.jsonl` (split, source image, its
+hash, its size, ...). Then the *shards*: each process makes the shards whose number modulo the number of processes is
+its own, a row group at a time. Everything is written to a temporary name and renamed when complete, so that a build
+that was killed at any moment goes on where it stopped when the same command is run again, and since the plan alone
+decides what each file holds, the bytes do not depend on interruptions or on the number of processes.
 
     OUTPUT_DIR/
       README.md                             the dataset card, written last
@@ -23,16 +22,26 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import file_sha256, for_others, unit_hash, write_bytes, write_json_lines
+from instruct_pix2pix.building.plan import SPLITS, Row, draw_instruction
+from instruct_pix2pix.building.restoration_sets import SETS
+from instruct_pix2pix.cli import UserError, whole_number
+from instruct_pix2pix.files import (
+    check_folder,
+    file_sha256,
+    fingerprint,
+    flush,
+    for_others,
+    write_bytes,
+    write_json_lines,
+    write_text,
+)
 from instruct_pix2pix.images import contact_sheet, encode_image, read_image
 
-SPLITS = ("train", "validation", "test")
 # A row group is what is held in memory and what is lost when a build is killed; a shard is one file.
 GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
 SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 300 MB as PNG
@@ -41,116 +50,78 @@ SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
-def add_dataset_flags(add) -> None:
+def add_photo_flags(add) -> None:
     # fmt: off
+    add("--photos", type=Path, metavar="DIR",
+        help="folder of photos, nested in any way; children train, val or validation, test are its splits")
+    add("--photos_license", metavar="TEXT", help="licence of the photos, for the dataset card; left out, it is unknown")
+    # fmt: on
+
+
+def add_dataset_flags(parser, instructions: Path, what: str) -> None:
+    # fmt: off
+    add = parser.add_argument_group("instructions").add_argument
+    add("--instructions", type=Path, default=instructions, metavar=what.split()[0].upper(),
+        help=f"{what}, one sentence a line; lines that begin with 'held-out:' are for the test split only")
+    add("--all_instructions", action="store_true",
+        help="keep the whole list in every row, so that training draws one anew each epoch")
+    add = parser.add_argument_group("dataset").add_argument
     add("--output_dir", type=Path, required=True, metavar="DATASET", help="the folder to make or go on with")
     add("--seed", type=int, default=0, help="decides what is drawn: images, their order, instructions")
     add("--validation_fraction", type=float, default=0.05, metavar="F",
         help="share of the images for validation, where the source has no splits")
     add("--test_fraction", type=float, default=0.05, metavar="F", help="the same for the test split")
-    add("--rows_per_shard", type=int, default=500, metavar="N",
+    add("--rows_per_shard", type=whole_number(1), default=500, metavar="N",
         help="at most so many rows in a parquet file; processes share the work by file")
     # fmt: on
 
 
 def check_dataset_flags(args) -> None:
-    if args.rows_per_shard < 1:
-        raise UserError(f"--rows_per_shard: {args.rows_per_shard} is too small; give 1 or more")
-    for name in ("photos", "reds", "rain13k", "sidd", "lol", "raindrop"):
+    check_folder("--output_dir", args.output_dir)
+    for name in ("photos", *SETS):
         if (folder := getattr(args, name, None)) and args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
     fractions = args.validation_fraction, args.test_fraction
-    if min(fractions) < 0 or sum(fractions) >= 1:
+    if not (min(fractions) >= 0 and sum(fractions) < 1):
         raise UserError(
             f"--validation_fraction: {fractions[0]} and --test_fraction {fractions[1]} leave no training; "
             "give two shares from 0 up that sum to less than 1"
         )
 
 
-def rank_and_world() -> tuple[int, int]:
-    """This process's number and how many there are, from what `accelerate launch` puts in the environment."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def split_of(image_hash: str, validation_fraction: float, test_fraction: float) -> str:
-    """The split of an image, from its hash alone: no seed, so that it is held out everywhere or nowhere."""
-    u = unit_hash("split", image_hash)
-    if u < test_fraction:
-        return "test"
-    return "validation" if u < test_fraction + validation_fraction else "train"
-
-
-def read_instructions(path: Path) -> tuple[list[str], list[str]]:
-    """The sentences of an instruction file, one a line, and those among them that are held out.
-
-    Empty lines and lines that begin with `#` are left out. A line that begins with `held-out:` is a wording
-    kept for the test split. Returns (wordings for training, wordings for testing); the second falls back to
-    the first.
-    """
-    try:
-        lines = [" ".join(line.split()) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one sentence a line") from None
-    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
-    held_out = [line.removeprefix("held-out:").strip() for line in lines if line.startswith("held-out:")]
-    training = [line for line in lines if not line.startswith("held-out:")]
-    if not training:
-        raise UserError(f"{path}: no instruction in it; write one sentence a line")
-    return training, [line for line in held_out if line] or training
-
-
-def draw_instruction(
-    instructions: tuple[list[str], list[str]], split: str, everything: bool, *key: object
-) -> str | list[str]:
-    """One wording, drawn by `key` (the seed and the image's hash), or all for training to draw from."""
-    wordings = instructions[1] if split == "test" else instructions[0]
-    return wordings if everything else wordings[int(unit_hash("instruction", *key) * len(wordings))]
-
-
-def about_wordings(lists: Iterable[tuple[list[str], list[str]]]) -> str:
-    """A sentence for the dataset card, if any list holds wordings out."""
-    held_out = any(training != testing for training, testing in lists)
-    return " The test split has wordings of the instructions that the other splits do not have." if held_out else ""
-
-
-@dataclass(slots=True)
-class Row:
-    """One row of the dataset, as planned."""
-
-    split: str
-    source: str  # the photo, or the ground truth of a real pair: its name within the source
-    image_hash: str  # of the source's pixels
-    width: int  # of the row's images, in pixels
-    height: int
-    task: str = ""
-    input: str = ""  # the degraded partner's name; empty where the script makes it
-    left: int = 0  # the tile's corner in the source, in pixels
-    top: int = 0
-    repeat: int = 0  # which of several rows made from the same source
-
-
-def build(args, settings: dict, features: dict, make_plan, make_rows, write_card) -> None:
+def build(args, settings: dict, instructions: dict, columns: dict, about: dict, make_plan, make_rows) -> None:
     """Make a dataset folder, or what is missing of it. Every process calls this with the same arguments.
 
     args: the flags of `add_dataset_flags`.
     settings: what else decides the bytes (JSON values); a folder begun with other settings is refused.
-    features: the columns in the notation of `datasets.Features.to_dict()`, in order.
+    instructions: of each task, what `read_instructions` returns.
+    columns: name -> (what it holds: input, target, instruction or task; a description for the card), in order.
+    about: what `card` says of this dataset: title, licence, tags, about, licences.
     make_plan() -> (list of Row, list of {"source", "reason"}): called once, by the first process.
-    make_rows(rows) -> one dict per row, from column to encoded image (bytes), string or list of strings.
-    write_card(rows, skipped, checksums) -> the text of README.md.
+    make_rows(rows) -> of each row the encoded input and target (bytes).
     """
     from tqdm import tqdm
 
     output_dir = args.output_dir
-    rank, world = rank_and_world()
-    for name in ("seed", "validation_fraction", "test_fraction", "rows_per_shard"):
+    # This process's number and how many there are, from what `accelerate launch` puts in the environment.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    settings["instructions"] = fingerprint(instructions)
+    for name in ("all_instructions", "seed", "validation_fraction", "test_fraction", "rows_per_shard"):
         settings[name] = getattr(args, name)
     settings = json.loads(json.dumps(settings))  # as it will be read back
-    try:
-        (output_dir / "data").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir: {output_dir}: {error.strerror}; choose a folder that can be written") from None
+    (output_dir / "data").mkdir(parents=True, exist_ok=True)
 
+    def make_columns(rows: list[Row]) -> dict[str, list]:
+        inputs, targets = zip(*make_rows(rows), strict=True)
+        content = {
+            "input": [{"bytes": data, "path": None} for data in inputs],
+            "target": [{"bytes": data, "path": None} for data in targets],
+            "instruction": [draw_instruction(row, instructions, args) for row in rows],
+            "task": [row.task for row in rows],
+        }
+        return {name: content[role] for name, (role, _) in columns.items()}
+
+    schema = arrow_schema(columns, args.all_instructions)
     rows = get_plan(output_dir, settings, make_plan, rank)
     shards = name_shards(rows, args.rows_per_shard)
     mine = list(shards)[rank::world]
@@ -160,7 +131,7 @@ def build(args, settings: dict, features: dict, make_plan, make_rows, write_card
     label = "rows" if world == 1 else f"rows, process {rank + 1} of {world}"
     with tqdm(total=total, initial=kept, desc=label, unit=" images", position=rank, mininterval=0.5) as bar:
         for name in missing:
-            write_shard(output_dir, name, shards[name], features, make_rows, bar)
+            write_shard(output_dir, name, shards[name], schema, make_columns, bar)
     if rank != 0:
         return
     wait_for(output_dir, shards, missing=[name for name in shards if name not in mine])
@@ -170,10 +141,12 @@ def build(args, settings: dict, features: dict, make_plan, make_rows, write_card
         checksums[name] = file_sha256(output_dir / "data" / name)
     skipped_path = output_dir / "skipped.jsonl"
     skipped = [json.loads(line) for line in skipped_path.read_text().splitlines()]
-    write_bytes(output_dir / "preview.png", encode_image(preview(output_dir, shards, features), ".png"))
-    write_bytes(output_dir / "README.md", write_card(rows, skipped, checksums).encode())
+    write_bytes(output_dir / "preview.png", encode_image(preview(output_dir, shards, columns), ".png"))
+    write_text(output_dir / "README.md", card(args, columns, instructions, about, rows, skipped, checksums))
     shutil.rmtree(output_dir / "parts", ignore_errors=True)
-    counts = ", ".join(f"{sum(row.split == s for row in rows)} {s}" for s in SPLITS if any(r.split == s for r in rows))
+    for left_by_a_kill in output_dir.glob(".*.partial"):
+        left_by_a_kill.unlink()
+    counts = ", ".join(f"{number} {split}" for split, number in Counter(row.split for row in rows).items())
     note = f"; {len(skipped)} left out, see {skipped_path}" if skipped else ""
     print(f"{output_dir}: {len(rows)} rows ({counts}) in {len(shards)} shards{note}")
 
@@ -243,49 +216,42 @@ def is_complete(path: Path, count: int) -> bool:
         return False
 
 
-def write_shard(output_dir: Path, name: str, rows: list[Row], features: dict, make_rows, bar) -> None:
+def write_shard(output_dir: Path, name: str, rows: list[Row], schema, make_columns, bar) -> None:
     """Make a shard's row groups, each a file in parts/ as soon as it is done, then join them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = arrow_schema(features)
     # PNG does not compress further, and a dictionary of images only costs time.
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
     parts = output_dir / "parts" / name.removesuffix(".parquet")
     parts.mkdir(parents=True, exist_ok=True)
+    # Not files.written_whole: a killed build goes on with the same names and leaves nothing behind.
+    temporary = parts / "unfinished"
     paths = []
     for i, group in enumerate(cut(rows, GROUP_ROWS, GROUP_PIXELS)):
         paths.append(parts / f"{i:05d}.parquet")
         if not is_complete(paths[-1], len(group)):
-            made = make_rows(group)
-            columns = {
-                column: [{"bytes": row[column], "path": None} for row in made]
-                if feature.get("_type") == "Image"
-                else [row[column] for row in made]
-                for column, feature in features.items()
-            }
-            temporary = paths[-1].with_suffix(".tmp")
-            pq.write_table(pa.table(columns, schema=schema), temporary, **options)
+            pq.write_table(pa.table(make_columns(group), schema=schema), temporary, **options)
             os.replace(temporary, paths[-1])
         bar.update(len(group))
-    temporary = parts / "joined.tmp"
     with pq.ParquetWriter(temporary, schema, **options) as writer:
         for path in paths:
             writer.write_table(pq.read_table(path, schema=schema))
+    flush(temporary)
     os.replace(temporary, output_dir / "data" / name)
     shutil.rmtree(parts, ignore_errors=True)
 
 
-def arrow_schema(features: dict):
-    """The Arrow schema of `features`, with the metadata by which `datasets` and the Hub know images."""
+def arrow_schema(columns: dict, all_instructions: bool):
+    """The Arrow schema of `columns`, with the metadata by which `datasets` and the Hub know images."""
     import pyarrow as pa
 
-    types = {
-        "Image": pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
-        "Value": pa.string(),
-        "List": pa.list_(pa.string()),
-    }
-    fields = [(column, types[feature["_type"]]) for column, feature in features.items()]
+    image = {"_type": "Image"}, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    text = {"dtype": "string", "_type": "Value"}, pa.string()
+    texts = {"feature": text[0], "_type": "List"}, pa.list_(pa.string())
+    types = {"input": image, "target": image, "task": text, "instruction": texts if all_instructions else text}
+    features = {name: types[role][0] for name, (role, _) in columns.items()}
+    fields = [(name, types[role][1]) for name, (role, _) in columns.items()]
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
@@ -301,7 +267,7 @@ def wait_for(output_dir: Path, shards: dict[str, list[Row]], missing: list[str])
             time.sleep(0.5 if missing else 0)
 
 
-def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pairs: int = 12, side: int = 224):
+def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict, pairs: int = 12, side: int = 224):
     """A contact sheet: rows of every task, input left, target right, instruction below."""
     import pyarrow.parquet as pq
 
@@ -314,8 +280,7 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pair
     each = -(-pairs // len(by_task))  # rows lie by size: take them from all over the shards
     chosen = [place for _, places in sorted(by_task.items()) for place in places[:: -(-len(places) // each)]]
 
-    first, second = (column for column, feature in features.items() if feature["_type"] == "Image")
-    text = next(column for column, feature in features.items() if feature["_type"] != "Image")
+    column = {role: name for name, (role, _) in columns.items()}
     entries = []
     for name, i in chosen:
         file = pq.ParquetFile(output_dir / "data" / name)
@@ -324,64 +289,81 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], features: dict, pair
             i -= file.metadata.row_group(group).num_rows
             group += 1
         row = file.read_row_group(group).slice(i, 1).to_pylist()[0]
-        caption = row[text] if isinstance(row[text], str) else f"{row[text][0]} (1 of {len(row[text])})"
-        entries.append(([read_image(row[column]["bytes"]) for column in (first, second)], [caption]))
+        text = row[column["instruction"]]
+        caption = text if isinstance(text, str) else f"{text[0]} (1 of {len(text)})"
+        entries.append(([read_image(row[column[role]]["bytes"]) for role in ("input", "target")], [caption]))
     return contact_sheet(entries, cell=side, columns=2)
 
 
 def card(
-    title: str,
-    licence: str,
-    tags: list[str],
-    about: str,
-    columns: dict[str, str],
-    licences: str,
+    args,
+    columns: dict,
+    instructions: dict,
+    about: dict,
     rows: list[Row],
     skipped: list[dict],
     checksums: dict[str, str],
-    seed: int,
 ) -> str:
     """The dataset card: front matter that `datasets.load_dataset` reads, then what a reader needs to know."""
     splits = [split for split in SPLITS if any(row.split == split for row in rows)]
+    counts = Counter((row.task, row.split) for row in rows)
     tasks = list(dict.fromkeys(row.task for row in rows))
-    counts = {(task, split): 0 for task in tasks for split in splits}
-    for row in rows:
-        counts[row.task, row.split] += 1
-    lines = ["---", f"license: {licence}", "task_categories:", "- image-to-image", "tags:"]
-    lines += [f"- {tag}" for tag in tags]
-    lines += ["configs:", "- config_name: default", "  data_files:"]
-    for split in splits:
-        lines += [f"  - split: {split}", f"    path: data/{split}-*.parquet"]
-    lines += ["---", "", f"# {title}", "", about, "", "![preview](preview.png)", "", "## Columns", ""]
-    lines += [
-        "| column | content |",
-        "|---|---|",
-        *(f"| `{name}` | {text} |" for name, text in columns.items()),
-        "",
-    ]
-    lines += ["## Rows", "", f"| task | {' | '.join(splits)} |", "|---|" + "---:|" * len(splits)]
-    lines += [f"| {task} | {' | '.join(str(counts[task, split]) for split in splits)} |" for task in tasks]
+    table = [[task, *(counts[task, split] for split in splits)] for task in tasks]
     if len(tasks) > 1:
-        lines += [f"| all | {' | '.join(str(sum(row.split == split for row in rows)) for split in splits)} |"]
-    lines += [
-        "",
-        f"Left out: {len(skipped)} (`skipped.jsonl` says which and why).",
-        "",
-        "## Licences",
-        "",
-        licences,
-        "",
-    ]
-    command = shlex.join(["python", *map(for_others, sys.argv)])
-    lines += [
-        "## How it was made",
-        "",
-        "```bash",
-        command,
-        "```",
-        "",
-        f"Seed {seed}. SHA-256 of the files:",
-        "",
-    ]
-    lines += ["```", *(f"{digest}  data/{name}" for name, digest in checksums.items()), "```", ""]
-    return "\n".join(lines)
+        table.append(["all", *(sum(counts[task, split] for task in tasks) for split in splits)])
+    text = about["about"] + " No picture is in two splits."
+    if any(training != testing for training, testing in instructions.values()):
+        text += " The test split has wordings of the instructions that the other splits do not have."
+    wording = ", every wording" if args.all_instructions else ""
+    meanings = {name: held + (wording if role == "instruction" else "") for name, (role, held) in columns.items()}
+
+    lines = "\n".join
+    data_files = lines(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits)
+    return f"""---
+license: {about["licence"]}
+task_categories:
+- image-to-image
+tags:
+{lines(f"- {tag}" for tag in about["tags"])}
+configs:
+- config_name: default
+  data_files:
+{data_files}
+---
+
+# {about["title"]}
+
+{text}
+
+![preview](preview.png)
+
+## Columns
+
+| column | content |
+|---|---|
+{lines(f"| `{name}` | {meaning} |" for name, meaning in meanings.items())}
+
+## Rows
+
+| task | {" | ".join(splits)} |
+|---|{"---:|" * len(splits)}
+{lines(f"| {' | '.join(map(str, line))} |" for line in table)}
+
+Left out: {len(skipped)} (`skipped.jsonl` says which and why).
+
+## Licences
+
+{about["licences"]}
+
+## How it was made
+
+```bash
+{shlex.join(["python", *map(for_others, sys.argv)])}
+```
+
+Seed {args.seed}. SHA-256 of the files:
+
+```
+{lines(f"{digest}  data/{name}" for name, digest in checksums.items())}
+```
+"""

@@ -7,14 +7,15 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
 from instruct_pix2pix.cli import UserError, first_line
-from instruct_pix2pix.images import SUFFIXES, read_image, walk_images
+from instruct_pix2pix.images import SUFFIXES, encode_image, read_image, walk_images
 
 SPLIT_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+UNKNOWN_LICENCE = "unknown, see where they come from"
 
 
 class Photos(NamedTuple):
@@ -33,49 +34,59 @@ def decode_image(data: bytes):
     return np.array(read_image(data))
 
 
-def image_hash(image) -> str:
+def encode_png(pixels) -> bytes:
+    """(H, W, 3) uint8 RGB -> a PNG file, as rows hold them."""
+    from PIL import Image
+
+    return encode_image(Image.fromarray(pixels), ".png", fast=True)
+
+
+def image_hash(pixels) -> str:
     """SHA-256 of the pixels and the size: the same for two files that hold the same picture."""
-    return hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
-def find_photos(root: Path, flag: str = "--photos") -> Photos:
+def files_digest(root: Path, names: Iterable[str]) -> str:
+    """Changes when the names or sizes of the files under `root` do."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(os.fsencode(f"{name}\t{(root / name).stat().st_size}\n"))
+    return digest.hexdigest()
+
+
+def find_photos(root: Path) -> Photos:
     """A folder of photos, nested in any way. Children train, val or validation, and test are its splits.
 
     Imagenette's own archives are known too: `imagenette2*/{train,val}/<synset>/*.JPEG`, unpacked inside
     `root`.
     """
-    root = Path(root)
     if not root.is_dir():
-        raise UserError(f"{flag}: {root}: no such folder; give a folder of images")
+        raise UserError(f"--photos: {root}: no such folder; give a folder of images")
     names = sorted(walk_images(root))
     if not names:
-        raise UserError(f"{flag}: {root}: no image at any depth (looked for {' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"--photos: {root}: no image at any depth (looked for {' '.join(sorted(SUFFIXES))})")
     splits = []
     for name in names:
         parts = name.split("/")
         if parts[0].startswith("imagenette2"):
             parts = parts[1:]
         splits.append(SPLIT_NAMES.get(parts[0].lower(), "") if len(parts) > 1 else "")
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(os.fsencode(f"{name}\t{(root / name).stat().st_size}\n"))
-    return Photos(names, splits, lambda name: (root / name).read_bytes(), digest.hexdigest())
+    return Photos(names, splits, lambda name: (root / name).read_bytes(), files_digest(root, names))
 
 
-def ordered_map(function: Callable, items: Iterable, threads: int, ahead: int = 4) -> Iterator:
-    """`map` over a pool of threads, in order, at most `threads * ahead` results waiting."""
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) >= threads * ahead:
-                    yield waiting.popleft().result()
-            while waiting:
+def ordered_map(pool: Executor, function: Callable, items: Iterable, ahead: int = 32) -> Iterator:
+    """`pool.map`, but at most `ahead` items are taken before their turn, and what nobody waits for is not begun."""
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def find_dataset_images(name: str, config: str | None, revision: str | None, column: str) -> Photos:
@@ -113,8 +124,7 @@ def find_dataset_images(name: str, config: str | None, revision: str | None, col
 
     names = [f"{split}/{row}" for split, table in tables.items() for row in range(len(table))]
     splits = [split for split, table in tables.items() for _ in range(len(table))]
-    digest = hashlib.sha256("\n".join(f"{file}\t{(root / file).stat().st_size}" for file in files).encode())
-    return Photos(names, splits, read, digest.hexdigest())
+    return Photos(names, splits, read, files_digest(root, files))
 
 
 def download_parquet(name: str, config: str | None, revision: str | None) -> tuple[Path, list[str]]:

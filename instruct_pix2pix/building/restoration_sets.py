@@ -4,14 +4,12 @@ A set is recognised by the names of folders and files on the way to an image, at
 that an archive may be unpacked as it is, or nested once more, and one part of a set will do.
 """
 
-import hashlib
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from instruct_pix2pix.building.photos import SPLIT_NAMES
+from instruct_pix2pix.building.photos import SPLIT_NAMES, files_digest
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.images import walk_images
 
@@ -45,19 +43,21 @@ def reds(parts: list[str], stem: str) -> Place | None:
     return Place(side, f"{split}/{clip}/{stem}", SPLIT_NAMES.get(split, ""), f"clip {split}/{clip}")
 
 
-RAIN_TEST_SETS = ("test100", "rain100h", "rain100l", "test2800", "test1200")
+def side_by_side(
+    parts: list[str], stem: str, input_folder: str, target_folder: str, train: str, tests: set[str]
+) -> Place | None:
+    """.../{input,target}/<name>, where a folder on the way tells the split."""
+    if not parts or parts[-1] not in (input_folder, target_folder):
+        return None
+    split = "test" if tests & set(parts) else "train" if train in parts else ""
+    key = "/".join([*parts[:-1], stem])
+    return Place("input" if parts[-1] == input_folder else "target", key, split, key)
 
 
 def rain13k(parts: list[str], stem: str) -> Place | None:
     """Rain13k: {train,test}[/<set>]/{input,target}/<name>, as HINet, MPRNet and Restormer each arrange it."""
-    if not parts or parts[-1] not in ("input", "target"):
-        return None
-    within = "/".join(parts[:-1])
-    if "test" in parts or any(part in RAIN_TEST_SETS for part in parts):
-        split = "test"
-    else:
-        split = "train" if "train" in parts else ""
-    return Place(parts[-1], f"{within}/{stem}", split, f"{within}/{stem}")
+    tests = {"test", "test100", "rain100h", "rain100l", "test2800", "test1200"}
+    return side_by_side(parts, stem, "input", "target", "train", tests)
 
 
 def sidd(parts: list[str], stem: str) -> Place | None:
@@ -77,22 +77,13 @@ def sidd(parts: list[str], stem: str) -> Place | None:
 
 def lol(parts: list[str], stem: str) -> Place | None:
     """LOL: {our485,eval15}/{low,high}/<name>."""
-    if not parts or parts[-1] not in ("low", "high"):
-        return None
-    split = "train" if "our485" in parts else "test" if "eval15" in parts else ""
-    within = "/".join(parts[:-1])
-    return Place("input" if parts[-1] == "low" else "target", f"{within}/{stem}", split, f"{within}/{stem}")
+    return side_by_side(parts, stem, "low", "high", "our485", {"eval15"})
 
 
 def raindrop(parts: list[str], stem: str) -> Place | None:
     """RainDrop: {train,test_a,test_b}/{data,gt}/<number>_{rain,clean}; test_a is part of test_b."""
-    match = re.match(r"\d+", stem)
-    if not parts or parts[-1] not in ("data", "gt") or not match:
-        return None
-    split = "train" if "train" in parts else "test" if {"test_a", "test_b"} & set(parts) else ""
-    within = "/".join(parts[:-1])
-    side = "input" if parts[-1] == "data" else "target"
-    return Place(side, f"{within}/{match[0]}", split, f"{within}/{match[0]}")
+    number = re.match(r"\d+", stem)
+    return side_by_side(parts, number[0], "data", "gt", "train", {"test_a", "test_b"}) if number else None
 
 
 class RestorationSet(NamedTuple):
@@ -145,7 +136,7 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
     if not root.is_dir():
         raise UserError(f"{flag}: {root}: no such folder; give the folder that holds {restoration_set.layouts}")
     sides: dict[str, dict[str, tuple[str, Place]]] = {"input": {}, "target": {}}
-    digest = hashlib.sha256()
+    used = []
     for path in sorted(walk_images(root)):
         parts = path.lower().split("/")
         place = restoration_set.place(parts[:-1], parts[-1].rsplit(".", 1)[0])
@@ -155,7 +146,7 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
         # Of a frame kept in both formats, the PNG.
         if known is None or known[0].lower().endswith(("jpg", "jpeg")):
             sides[place.side][place.key] = path, place
-        digest.update(os.fsencode(f"{path}\t{(root / path).stat().st_size}\n"))
+        used.append(path)
     inputs, targets = sides["input"], sides["target"]
     pairs = [
         Pair(f"{name}/{targets[key][0]}", f"{name}/{path}", place.split, place.group)
@@ -171,4 +162,4 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
             "unpack both sides of the set"
         )
     skipped = [{"source": f"{name}/{path}", "reason": "no partner"} for path in alone]
-    return pairs, skipped, digest.hexdigest()
+    return pairs, skipped, files_digest(root, used)

@@ -14,35 +14,25 @@ import re
 import struct
 from pathlib import Path
 
-from instruct_pix2pix.cli import UserError
+import numpy as np
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
 
-HUB_REPOSITORY = "sayakpaul/whitebox-cartoonizer"
+from instruct_pix2pix.building.whitebox import Generator
+from instruct_pix2pix.cli import UserError, first_line
+from instruct_pix2pix.files import written_whole
 
-# name -> (channels out, channels in, kernel side), in the order in which the network runs
-LAYERS = {
-    "conv0": (32, 3, 7),
-    "conv1": (32, 32, 3),
-    "conv2": (64, 32, 3),
-    "conv3": (64, 64, 3),
-    "conv4": (128, 64, 3),
-    **{f"block{i}.conv{j}": (128, 128, 3) for i in range(4) for j in (1, 2)},
-    "conv5": (64, 128, 3),
-    "conv6": (64, 64, 3),
-    "conv7": (32, 64, 3),
-    "conv8": (32, 32, 3),
-    "conv9": (3, 32, 7),
-}
-SHAPES = {
-    name: shape
-    for layer, (out, into, side) in LAYERS.items()
-    for name, shape in ((f"{layer}.weight", (out, into, side, side)), (f"{layer}.bias", (out,)))
-}
+with torch.device("meta"):
+    # name -> shape, in the order in which the network runs: conv0.weight, conv0.bias, conv1.weight, ...
+    SHAPES = {name: tuple(array.shape) for name, array in Generator().state_dict().items()}
 
 
-def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict:
+def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict[str, np.ndarray]:
     """Read and check the weights. Raises UserError, which names the first array that does not fit."""
     path = Path(source)
-    readers = {".npz": read_npz, ".safetensors": read_safetensors, ".tflite": read_tflite}
+    readers = {".npz": np.load, ".safetensors": load_file, ".tflite": read_tflite}
     try:
         if path.is_dir():
             arrays = read_saved_model(path)
@@ -57,16 +47,18 @@ def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict:
                 f"{flag}: {source}: not a file of weights; give .npz, .safetensors, .tflite, the folder of a "
                 "TensorFlow SavedModel or a repository on the Hub"
             )
+        arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
         check(arrays)
-    except (ValueError, OSError, KeyError, IndexError, struct.error) as error:
-        raise UserError(f"{flag}: {source}: {error}; give the weights of White-box CartoonGAN's generator") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file makes the readers raise almost anything
+        reason = first_line(error)
+        raise UserError(f"{flag}: {source}: {reason}; give the weights of White-box CartoonGAN's generator") from None
     return arrays
 
 
-def check(arrays: dict) -> None:
+def check(arrays: dict[str, np.ndarray]) -> None:
     """Raise ValueError for the first array that is missing, has another shape or is not finite."""
-    import numpy as np
-
     for name, shape in SHAPES.items():
         if name not in arrays:
             raise ValueError(f"no array for {name}, shape {shape}")
@@ -76,51 +68,21 @@ def check(arrays: dict) -> None:
             raise ValueError(f"{name} holds values that are not finite")
 
 
-def read_npz(path: Path) -> dict:
-    import zipfile
-
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name].astype(np.float32) for name in file.files}
-    except zipfile.BadZipFile as error:
-        raise ValueError(str(error)) from None
-
-
-def read_safetensors(path: Path) -> dict:
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return {name: array.astype(np.float32) for name, array in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(str(error)) from None
-
-
-def read_hub(repository: str, flag: str) -> dict:
+def read_hub(repository: str, flag: str) -> dict[str, np.ndarray]:
     """Download a SavedModel's variables, convert them once, keep the result beside the Hub's own cache."""
-    import os
-
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from safetensors.numpy import save_file
-
     try:
         snapshot = Path(snapshot_download(repository, allow_patterns=["variables/*", "*/variables/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = first_line(error)
         raise UserError(f"{flag}: {repository}: cannot be had from the Hub ({reason}); give a file instead") from None
     cached = Path(constants.HF_HOME) / "whitebox-cartoonizer" / f"{snapshot.name}.safetensors"
     if cached.is_file():
-        return read_safetensors(cached)
+        return load_file(cached)
     arrays = read_saved_model(snapshot)
     check(arrays)
     cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_suffix(f".{os.getpid()}.tmp")
-    save_file(arrays, temporary)
-    os.replace(temporary, cached)
+    with written_whole(cached) as temporary:
+        save_file(arrays, temporary)
     return arrays
 
 
@@ -129,8 +91,6 @@ def read_hub(repository: str, flag: str) -> dict:
 
 
 def read_saved_model(folder: Path) -> dict:
-    import numpy as np
-
     indices = sorted(folder.rglob("*.index"))
     if len(indices) != 1:
         raise ValueError(f"{len(indices)} files *.index in it, where a SavedModel has variables/variables.index")
@@ -177,21 +137,20 @@ def read_bundle(index: Path) -> dict[str, tuple[int, list[int], bytes]]:
     shards = header.get(1, [1])[0]
     if header.get(2, [0])[0] != 0:
         raise ValueError(f"{index.name} is big-endian, which is not supported")
-    files = {}
-    entries = {}
+    files, entries = {}, {}
     for key, value in table.items():
         message = read_message(value)
         shape = [read_message(dim).get(1, [0])[0] for dim in read_message(message.get(2, [b""])[0]).get(2, [])]
-        shard, offset, size = (message.get(field, [0])[0] for field in (3, 4, 5))
+        dtype, shard, offset, size, checksum = (message.get(field, [0])[0] for field in (1, 3, 4, 5, 6))
         if shard not in files:
             files[shard] = index.with_suffix(f".data-{shard:05d}-of-{shards:05d}").read_bytes()
         data = files[shard][offset : offset + size]
         name = key.decode()
         if len(data) != size:
             raise ValueError(f"{name} lies beyond the end of the data file")
-        if message.get(1, [0])[0] != 7 and masked_crc32c(data) != message.get(6, [0])[0]:  # 7 is DT_STRING
+        if dtype != 7 and masked_crc32c(data) != checksum:  # 7 is DT_STRING
             raise ValueError(f"{name} does not match its checksum: the file is damaged")
-        entries[name] = (message.get(1, [0])[0], shape, data)
+        entries[name] = dtype, shape, data
     return entries
 
 
@@ -199,17 +158,11 @@ def read_table(data: bytes) -> dict[bytes, bytes]:
     """A sorted string table: blocks of prefix-compressed keys, an index block, a footer that points at it."""
     if len(data) < 48 or data[-8:] != struct.pack("<Q", 0xDB4775248B80FB57):
         raise ValueError("no index of a TensorFlow checkpoint (its last eight bytes are others)")
-    footer = data[-48:]
-    position = 0
-    for _ in range(2):  # offset and size of the metaindex block, which is not needed
-        _, position = read_varint(footer, position)
-    index_offset, position = read_varint(footer, position)
-    index_size, _ = read_varint(footer, position)
+    # The footer: offset and size of the metaindex block, which is not needed, and of the index block.
+    _, _, offset, size, _ = read_varints(data[-48:], 0, 4)
     table = {}
-    for handle in read_block(data, index_offset, index_size).values():
-        offset, position = read_varint(handle, 0)
-        size, _ = read_varint(handle, position)
-        table.update(read_block(data, offset, size))
+    for handle in read_block(data, offset, size).values():
+        table.update(read_block(data, *read_varints(handle, 0, 2)[:2]))
     return table
 
 
@@ -222,9 +175,7 @@ def read_block(data: bytes, offset: int, size: int) -> dict[bytes, bytes]:
     end = len(block) - 4 - 4 * struct.unpack("<I", block[-4:])[0]  # the restart points and their count
     entries, key, position = {}, b"", 0
     while position < end:
-        shared, position = read_varint(block, position)
-        fresh, position = read_varint(block, position)
-        length, position = read_varint(block, position)
+        shared, fresh, length, position = read_varints(block, position, 3)
         key = key[:shared] + block[position : position + fresh]
         position += fresh
         entries[key] = block[position : position + length]
@@ -232,16 +183,18 @@ def read_block(data: bytes, offset: int, size: int) -> dict[bytes, bytes]:
     return entries
 
 
-def read_varint(data: bytes, position: int) -> tuple[int, int]:
-    """A little-endian base-128 number at `position` -> (the number, the position after it)."""
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        shift += 7
-        if byte < 0x80:
-            return value, position
+def read_varints(data: bytes, position: int, count: int = 1) -> list[int]:
+    """`count` little-endian base-128 numbers from `position` on, and the position after them."""
+    numbers = []
+    for _ in range(count):
+        value = shift = 0
+        more = True
+        while more:
+            value |= (data[position] & 0x7F) << shift
+            more = data[position] >= 0x80
+            position, shift = position + 1, shift + 7
+        numbers.append(value)
+    return [*numbers, position]
 
 
 def read_message(data: bytes) -> dict[int, list]:
@@ -249,12 +202,12 @@ def read_message(data: bytes) -> dict[int, list]:
     fields: dict[int, list] = {}
     position = 0
     while position < len(data):
-        tag, position = read_varint(data, position)
+        tag, position = read_varints(data, position)
         kind = tag & 7
         if kind == 0:
-            value, position = read_varint(data, position)
+            value, position = read_varints(data, position)
         elif kind == 2:
-            length, position = read_varint(data, position)
+            length, position = read_varints(data, position)
             value, position = data[position : position + length], position + length
         elif kind in (1, 5):
             length = 8 if kind == 1 else 4
@@ -269,7 +222,7 @@ def read_object_graph(entry) -> dict[str, str]:
     """The string tensor of a TrackableObjectGraph -> {key in the checkpoint: name in the graph}."""
     if entry is None:
         return {}
-    length, position = read_varint(entry[2], 0)
+    length, position = read_varints(entry[2], 0)
     graph = read_message(entry[2][position + 4 : position + 4 + length])  # 4 bytes of checksum between
     attributes = [read_message(a) for node in graph.get(1, []) for a in read_message(node).get(2, [])]
     return {a[3][0].decode(): a[2][0].decode() for a in attributes if 2 in a and 3 in a}
@@ -277,24 +230,16 @@ def read_object_graph(entry) -> dict[str, str]:
 
 def masked_crc32c(data: bytes) -> int:
     """CRC-32C (Castagnoli), rotated and offset as TensorFlow stores it."""
-    crc = 0xFFFFFFFF
-    table = _CRC_TABLE
+    crc, table = 0xFFFFFFFF, _CRC_TABLE
     for byte in data:
         crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
     crc ^= 0xFFFFFFFF
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return table
-
-
-_CRC_TABLE = _crc_table()
+_CRC_TABLE = list(range(256))
+for _ in range(8):
+    _CRC_TABLE = [value >> 1 ^ 0x82F63B78 * (value & 1) for value in _CRC_TABLE]
 
 
 # TensorFlow Lite: a FlatBuffer. A table is found through an offset, its fields through a small table of
@@ -303,71 +248,58 @@ _CRC_TABLE = _crc_table()
 
 def read_tflite(path: Path) -> dict:
     """The generator's convolutions, in the order in which they run; float16 values are widened."""
-    import numpy as np
-
     data = path.read_bytes()
     if data[4:8] != b"TFL3":
         raise ValueError("not a TensorFlow Lite file")
 
-    def u32(position):
-        return struct.unpack_from("<I", data, position)[0]
+    def at(position, kind="<I"):
+        return struct.unpack_from(kind, data, position)[0]
 
-    def field(table, number):
+    def field(table, place):
         """Position of a field, 0 where it is left at its default."""
-        offsets = table - struct.unpack_from("<i", data, table)[0]
-        if 4 + 2 * number >= struct.unpack_from("<H", data, offsets)[0]:
-            return 0
-        offset = struct.unpack_from("<H", data, offsets + 4 + 2 * number)[0]
+        offsets = table - at(table, "<i")
+        offset = at(offsets + 4 + 2 * place, "<H") if 4 + 2 * place < at(offsets, "<H") else 0
         return table + offset if offset else 0
 
-    def vector(table, number):
+    def number(table, place, kind="<I"):
+        position = field(table, place)
+        return at(position, kind) if position else 0
+
+    def vector(table, place):
         """(Position of the first element, count)."""
-        position = field(table, number)
-        if not position:
-            return 0, 0
-        position += u32(position)
-        return position + 4, u32(position)
+        position = field(table, place)
+        position += at(position) if position else 0
+        return (position + 4, at(position)) if position else (0, 0)
 
-    def tables(table, number):
-        start, count = vector(table, number)
-        return [start + 4 * i + u32(start + 4 * i) for i in range(count)]
+    def tables(table, place):
+        start, count = vector(table, place)
+        return [element + at(element) for element in range(start, start + 4 * count, 4)]
 
-    def integers(table, number):
-        start, count = vector(table, number)
+    def integers(table, place):
+        start, count = vector(table, place)
         return struct.unpack_from(f"<{count}i", data, start)
 
-    model = u32(0)
-    codes = []  # OperatorCode: 0 deprecated_builtin_code (int8), 3 builtin_code (int32): the larger counts
-    for code in tables(model, 1):
-        old, new = field(code, 0), field(code, 3)
-        codes.append(max(data[old] if old else 0, u32(new) if new else 0))
+    def values(tensor):
+        dtype = {0: "<f4", 1: "<f2"}[number(tensor, 1, "<b")]
+        start, count = vector(buffers[number(tensor, 2)], 0)
+        array = np.frombuffer(data, dtype, count // int(dtype[-1]), start)
+        return array.reshape(integers(tensor, 0)).astype(np.float32)
+
+    model = at(0)
+    # OperatorCode: 0 deprecated_builtin_code (int8), 3 builtin_code (int32): the larger counts
+    codes = [max(number(code, 0, "<b"), number(code, 3)) for code in tables(model, 1)]
     buffers = tables(model, 4)
     graph = tables(model, 2)[0]
     tensors = tables(graph, 0)
 
-    def values(tensor):
-        kind, buffer = field(tensor, 1), field(tensor, 2)
-        dtype = {0: "<f4", 1: "<f2"}[data[kind] if kind else 0]
-        start, count = vector(buffers[u32(buffer)], 0)
-        array = np.frombuffer(data, dtype, count // int(dtype[-1]), start)
-        return array.reshape(integers(tensor, 0)).astype(np.float32)
-
-    arrays, source = {}, {}  # source: the tensor from which DEQUANTIZE makes another
-    layers = iter(LAYERS)
+    found, source = [], {}  # source: the tensor from which DEQUANTIZE makes another
     for operator in tables(graph, 3):
-        index = field(operator, 0)
-        code, inputs, outputs = (
-            codes[u32(index) if index else 0],
-            integers(operator, 1),
-            integers(operator, 2),
-        )
+        code, inputs = codes[number(operator, 0)], integers(operator, 1)
         if code == 6:  # DEQUANTIZE
-            source[outputs[0]] = inputs[0]
+            source[integers(operator, 2)[0]] = inputs[0]
         elif code == 3:  # CONV_2D: input, weights (out, height, width, in), bias
-            layer = next(layers, None)
-            if layer is None:
-                raise ValueError(f"more than {len(LAYERS)} convolutions in it")
             weight, bias = (values(tensors[source.get(i, i)]) for i in inputs[1:3])
-            arrays[f"{layer}.weight"] = np.ascontiguousarray(weight.transpose(0, 3, 1, 2))
-            arrays[f"{layer}.bias"] = bias
-    return arrays
+            found += np.ascontiguousarray(weight.transpose(0, 3, 1, 2)), bias
+    if len(found) != len(SHAPES):
+        raise ValueError(f"it has {len(found) // 2} convolutions, not {len(SHAPES) // 2}")
+    return dict(zip(SHAPES, found, strict=True))
