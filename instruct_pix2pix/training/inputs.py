@@ -1,11 +1,52 @@
-"""From the samples of an accumulation window to what the UNet sees and has to predict."""
+"""From the sample stream to accumulation windows, and from a window to what the UNet sees and has to predict."""
 
 import torch
 
-from instruct_pix2pix.data.triples import to_unit_range
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.data import latent_cache
+from instruct_pix2pix.data.order import window_positions
+from instruct_pix2pix.data.triples import TripleDataset, collate, to_unit_range
 from instruct_pix2pix.models import sd
 from instruct_pix2pix.training.conditioning import drop_conditioning
 from instruct_pix2pix.training.loss import add_noise, min_snr_weights, prediction_target
+from instruct_pix2pix.training.stopping import leave_stopping_to_the_trainer
+
+
+class WindowLoader:
+    """What this process does in each update still to do, one accumulation window at a time."""
+
+    def __init__(self, plan, cache, latent_shape: tuple[int, int, int], num_timesteps: int):
+        config, accelerator = plan.config, plan.accelerator
+        if cache is not None:
+            dataset = latent_cache.CachedTriples(cache, plan.triples, config, latent_shape, num_timesteps)
+        else:
+            dataset = TripleDataset(plan.triples, config, latent_shape, num_timesteps)
+        process = (accelerator.process_index, accelerator.num_processes)
+        window = (config.train_batch_size, config.gradient_accumulation_steps)
+        self.loader = iter(
+            torch.utils.data.DataLoader(
+                dataset,
+                batch_sampler=(
+                    window_positions(plan.first_position, step, *window, *process)
+                    for step in range(config.max_train_steps - plan.first_step)
+                ),
+                collate_fn=collate,
+                num_workers=config.dataloader_num_workers,
+                worker_init_fn=leave_stopping_to_the_trainer,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+        )
+
+    def __next__(self) -> dict:
+        """The next window. Raises RowError for a row that cannot be used."""
+        window = next(self.loader)
+        if isinstance(window, UserError):
+            raise window
+        return window
+
+    def close(self) -> None:
+        """End the loader's processes."""
+        self.loader = iter(())
 
 
 class WindowEncoder:

@@ -18,17 +18,16 @@ from PIL import Image
 from instruct_pix2pix import publishing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
-from instruct_pix2pix.data.order import SampleOrder, window_positions
+from instruct_pix2pix.data.order import SampleOrder
 from instruct_pix2pix.data.sources import source_of
-from instruct_pix2pix.data.triples import TripleDataset, Triples, collate, diffusion_draws, load_triples
+from instruct_pix2pix.data.triples import Triples, diffusion_draws, load_triples
 from instruct_pix2pix.models import sd
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step
 from instruct_pix2pix.training.config import Config, resolve, resolved
 from instruct_pix2pix.training.ema import EMA
-from instruct_pix2pix.training.inputs import WindowEncoder
+from instruct_pix2pix.training.inputs import WindowEncoder, WindowLoader
 from instruct_pix2pix.training.options import trackers
-from instruct_pix2pix.training.stopping import leave_stopping_to_the_trainer
 from instruct_pix2pix.training.validation import load_validation_image
 
 logger = logging.getLogger(__name__)
@@ -91,8 +90,8 @@ class Run(Plan):
     tokenizer: sd.CLIPTokenizer
     optimizer: torch.optim.Optimizer
     ema: EMA | None
-    schedule: "torch.optim.lr_scheduler.LambdaLR"
-    windows: "WindowLoader"
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    windows: WindowLoader
     make_inputs: WindowEncoder
     update: step.Update
     checkpoints: checkpoints.Writer
@@ -368,40 +367,3 @@ def _build_optimizer(config, unet) -> torch.optim.Optimizer:
             raise UserError("--use_8bit_adam: bitsandbytes is missing; pip install -r requirements-gpu.txt") from error
         return bitsandbytes.optim.AdamW8bit(unet.parameters(), **settings)
     return torch.optim.AdamW(unet.parameters(), fused=True, **settings)
-
-
-class WindowLoader:
-    """What this process does in each update still to do, one accumulation window at a time."""
-
-    def __init__(self, plan: Plan, cache, latent_shape: tuple[int, int, int], num_timesteps: int):
-        config, accelerator = plan.config, plan.accelerator
-        if cache is not None:
-            dataset = latent_cache.CachedTriples(cache, plan.triples, config, latent_shape, num_timesteps)
-        else:
-            dataset = TripleDataset(plan.triples, config, latent_shape, num_timesteps)
-        process = (accelerator.process_index, accelerator.num_processes)
-        window = (config.train_batch_size, config.gradient_accumulation_steps)
-        self.loader = iter(
-            torch.utils.data.DataLoader(
-                dataset,
-                batch_sampler=(
-                    window_positions(plan.first_position, step, *window, *process)
-                    for step in range(config.max_train_steps - plan.first_step)
-                ),
-                collate_fn=collate,
-                num_workers=config.dataloader_num_workers,
-                worker_init_fn=leave_stopping_to_the_trainer,
-                pin_memory=accelerator.device.type == "cuda",
-            )
-        )
-
-    def __next__(self) -> dict:
-        """The next window. Raises RowError for a row that cannot be used."""
-        window = next(self.loader)
-        if isinstance(window, UserError):
-            raise window
-        return window
-
-    def close(self) -> None:
-        """End the loader's processes."""
-        self.loader = iter(())
