@@ -628,12 +628,16 @@ def test_sharded_training_is_refused(small_run, no_weights, monkeypatch):
 def test_processes_that_do_not_join_are_refused(small_run, no_weights, monkeypatch):
     from accelerate import Accelerator
 
+    given = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(Accelerator, "__init__", lambda self, **_: None)
+    monkeypatch.setattr(Accelerator, "__init__", lambda self, **options: given.update(options))
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.NO)
     monkeypatch.setattr(Accelerator, "num_processes", 1)
     with pytest.raises(UserError, match="WORLD_SIZE: 2 processes were started, but accelerate joins 1"):
         small_run()
+    # Processes that do join wait for the one that downloads, hashes or uploads: longer than NCCL's own ten minutes.
+    (patience,) = (handler.timeout for handler in given["kwargs_handlers"])
+    assert patience.total_seconds() > 6 * 3600
 
 
 def test_broken_weights_are_one_line(small_run, base_models, tmp_path):
