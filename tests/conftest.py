@@ -23,12 +23,12 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def base_models(tmp_path_factory) -> dict[str, Path]:
     """A 4-channel and an 8-channel tiny pipeline with random weights: `train` and `finetune` start from them."""
-    from instruct_pix2pix.models.tiny import build_tiny_pipeline
+    from instruct_pix2pix.models.tiny import build_tiny_pipeline, save_pipeline
 
     folder = tmp_path_factory.mktemp("base")
     models = {"train": folder / "tiny-stable-diffusion", "finetune": folder / "tiny-instruct-pix2pix"}
-    build_tiny_pipeline(in_channels=4, seed=0).save_pretrained(models["train"])
-    build_tiny_pipeline(in_channels=8, seed=0).save_pretrained(models["finetune"])
+    save_pipeline(build_tiny_pipeline(in_channels=4, seed=0), models["train"])
+    save_pipeline(build_tiny_pipeline(in_channels=8, seed=0), models["finetune"])
     return models
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from instruct_pix2pix import publishing
 from instruct_pix2pix.models import sd
+from instruct_pix2pix.models.tiny import build_tiny_pipeline
 from tests.conftest import copy_tree, small_photo
 
 FROZEN = ("scheduler", "text_encoder", "tokenizer", "vae")
@@ -47,18 +48,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
-@pytest.fixture(scope="session")
-def readable_base(base_models, tmp_path_factory) -> Path:
-    """A base model whose files are in the layout that both generations of the libraries read."""
-    folder = copy_tree(base_models["finetune"], tmp_path_factory.mktemp("readable") / "base")
-    sd.make_readable(folder)
-    return folder
+@pytest.fixture
+def base_model(base_models) -> Path:
+    return base_models["finetune"]
 
 
 @pytest.fixture
-def other_base(readable_base, tmp_path) -> Path:
-    """One that differs from `readable_base` in every part, and in the scheduler's class."""
-    folder = copy_tree(readable_base, tmp_path / "other-base")
+def other_base(base_model, tmp_path) -> Path:
+    """One that differs from `base_model` in every part, and in the scheduler's class."""
+    folder = copy_tree(base_model, tmp_path / "other-base")
     for part in ("text_encoder", "unet", "vae"):
         [file] = (folder / part).glob("*.safetensors")
         save_file({name: tensor + 0.5 for name, tensor in load_file(file).items()}, file, {"format": "pt"})
@@ -81,9 +79,9 @@ class Killed(BaseException):
     pass
 
 
-def test_a_kill_between_any_two_steps_leaves_no_mixture_and_loses_nothing(readable_base, other_base, tmp_path):
-    unets = [UNet2DConditionModel.from_pretrained(base, subfolder="unet") for base in (readable_base, other_base)]
-    old, new = export(readable_base, tmp_path / "old", unets[0]), export(other_base, tmp_path / "new", unets[1])
+def test_a_kill_between_any_two_steps_leaves_no_mixture_and_loses_nothing(base_model, other_base, tmp_path):
+    unets = [UNet2DConditionModel.from_pretrained(base, subfolder="unet") for base in (base_model, other_base)]
+    old, new = export(base_model, tmp_path / "old", unets[0]), export(other_base, tmp_path / "new", unets[1])
     before, after = contents(old), contents(new)
 
     def is_whole(folder: Path) -> bool:
@@ -124,8 +122,8 @@ def test_a_kill_between_any_two_steps_leaves_no_mixture_and_loses_nothing(readab
     assert step > 20
 
 
-def test_a_disk_that_fills_up_leaves_the_old_pipeline(readable_base, other_base, tmp_path, monkeypatch):
-    output_dir = export(readable_base, tmp_path / "run")
+def test_a_disk_that_fills_up_leaves_the_old_pipeline(base_model, other_base, tmp_path, monkeypatch):
+    output_dir = export(base_model, tmp_path / "run")
     before = contents(output_dir)
 
     def full(*_, **__):
@@ -137,15 +135,15 @@ def test_a_disk_that_fills_up_leaves_the_old_pipeline(readable_base, other_base,
     assert contents(output_dir) == before and not list(output_dir.glob(".*"))
 
 
-def test_weights_that_are_not_finite_are_never_exported(readable_base, tmp_path):
-    output_dir = export(readable_base, tmp_path / "run")
+def test_weights_that_are_not_finite_are_never_exported(base_model, tmp_path):
+    output_dir = export(base_model, tmp_path / "run")
     before = contents(output_dir)
-    unet = UNet2DConditionModel.from_pretrained(readable_base, subfolder="unet")
+    unet = UNet2DConditionModel.from_pretrained(base_model, subfolder="unet")
     for value in (float("nan"), float("-inf")):
         with torch.no_grad():
             unet.mid_block.resnets[0].conv1.bias[3] = value
         with pytest.raises(publishing.NotFinite, match="mid_block.resnets.0.conv1.bias is not finite") as caught:
-            export(readable_base, output_dir, unet)
+            export(base_model, output_dir, unet)
         assert caught.value.exit_code == 1
     assert contents(output_dir) == before
 
@@ -153,8 +151,8 @@ def test_weights_that_are_not_finite_are_never_exported(readable_base, tmp_path)
 # ---- the base model's own files
 
 
-def test_what_training_does_not_change_is_the_bases_file_by_file(readable_base, other_base, tmp_path):
-    for base, scheduler in ((readable_base, "DDPMScheduler"), (other_base, "PNDMScheduler")):
+def test_what_training_does_not_change_is_the_bases_file_by_file(base_model, other_base, tmp_path):
+    for base, scheduler in ((base_model, "DDPMScheduler"), (other_base, "PNDMScheduler")):
         output_dir = export(base, tmp_path / base.name)
         exported, own = contents(output_dir), contents(base)
         frozen = [name for name in own if name.startswith(FROZEN)]
@@ -167,8 +165,8 @@ def test_what_training_does_not_change_is_the_bases_file_by_file(readable_base, 
         assert type(pipeline.scheduler).__name__ == scheduler
 
 
-def test_a_variant_is_exported_under_the_plain_name_and_loads_without_a_word(readable_base, tmp_path):
-    base = copy_tree(readable_base, tmp_path / "base")
+def test_a_variant_is_exported_under_the_plain_name_and_loads_without_a_word(base_model, tmp_path):
+    base = copy_tree(base_model, tmp_path / "base")
     half = StableDiffusionInstructPix2PixPipeline.from_pretrained(base).to(torch.float16)
     half.save_pretrained(base, variant="fp16")  # beside the float32 files
     output_dir = export(base, tmp_path / "run", variant="fp16")
@@ -178,14 +176,14 @@ def test_a_variant_is_exported_under_the_plain_name_and_loads_without_a_word(rea
     edit(output_dir)  # all parts in float32
 
 
-def test_pickled_weights_are_saved_as_safetensors_unless_there_are_both(readable_base, tmp_path):
-    base = copy_tree(readable_base, tmp_path / "base")
+def test_pickled_weights_are_saved_as_safetensors_unless_there_are_both(base_model, tmp_path):
+    base = copy_tree(base_model, tmp_path / "base")
     for file in (base / "vae/diffusion_pytorch_model.safetensors", base / "text_encoder/model.safetensors"):
         pickled = file.with_name(
             {"vae": "diffusion_pytorch_model.bin", "text_encoder": "pytorch_model.bin"}[file.parent.name]
         )
         torch.save({name: tensor + 1 for name, tensor in load_file(file).items()}, pickled)
-    expected = contents(readable_base)
+    expected = contents(base_model)
     both = contents(export(base, tmp_path / "both"))
     assert {name: both[name] for name in expected if name.startswith(FROZEN)} == {
         name: expected[name] for name in expected if name.startswith(FROZEN)
@@ -202,8 +200,9 @@ def test_pickled_weights_are_saved_as_safetensors_unless_there_are_both(readable
 # ---- readable
 
 
-def test_a_base_in_the_newest_layout_is_exported_in_one_that_older_libraries_read(base_models, tmp_path):
-    base = base_models["finetune"]
+def test_a_base_in_the_newest_layout_is_exported_in_one_that_older_libraries_read(tmp_path):
+    base = tmp_path / "base"
+    build_tiny_pipeline(in_channels=8, seed=0).save_pretrained(base)
     output_dir = export(base, tmp_path / "run")
     vocabulary = json.loads((output_dir / "tokenizer/vocab.json").read_text())
     merges = (output_dir / "tokenizer/merges.txt").read_text().splitlines()
@@ -246,8 +245,8 @@ def test_configurations_are_equal_after_a_resume_and_name_no_path(small_run, bas
             ), name
 
 
-def test_a_path_in_the_bases_configuration_is_hidden(readable_base, tmp_path):
-    base = copy_tree(readable_base, tmp_path / "base")
+def test_a_path_in_the_bases_configuration_is_hidden(base_model, tmp_path):
+    base = copy_tree(base_model, tmp_path / "base")
     for name in ("vae/config.json", "tokenizer/tokenizer_config.json", "unet/config.json"):
         config = json.loads((base / name).read_text())
         (base / name).write_text(json.dumps(config | {"_name_or_path": str(base), "name": "/home/somebody/model"}))
@@ -257,9 +256,9 @@ def test_a_path_in_the_bases_configuration_is_hidden(readable_base, tmp_path):
     assert json.loads(exported["vae/config.json"])["_name_or_path"] == "base"
 
 
-def test_the_card_edits_with_the_runs_own_guidance(readable_base, tmp_path):
+def test_the_card_edits_with_the_runs_own_guidance(base_model, tmp_path):
     card = (
-        export(readable_base, tmp_path / "run", guidance_scale=3.5, image_guidance_scale=1.0) / "README.md"
+        export(base_model, tmp_path / "run", guidance_scale=3.5, image_guidance_scale=1.0) / "README.md"
     ).read_text()
     snippet, text = card.partition("```python")[2].partition("```")[0], card.partition("```python")[0]
     assert " guidance_scale=3.5," in snippet and "image_guidance_scale=1.0," in snippet and '"blur it",' in snippet
