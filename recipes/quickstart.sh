@@ -44,6 +44,7 @@ python $BUILD --all_instructions \
 
 echo "2/3  Fine-tuning ($MAX_TRAIN_STEPS updates)"
 # 64-pixel crops train well and fast; the edits that follow are of whole 128-pixel pictures.
+# shellcheck disable=SC2086
 accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
   --num_cpu_threads_per_process="$THREADS" \
   finetune_instruct_pix2pix.py \
@@ -54,7 +55,7 @@ accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=n
   --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=20 \
   --use_ema --ema_decay=0.99 \
   --checkpointing_steps=300 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
-  --seed=42 --report_to=none \
+  --seed=42 --report_to=none $GUIDANCE \
   --output_dir="$OUTPUT_DIR/pipeline" \
   "$@"
 
