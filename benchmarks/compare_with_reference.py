@@ -24,7 +24,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, models
+from instruct_pix2pix import cli
 
 IMAGES = 8  # per update
 COMPARISONS = {  # name: flags of the reference, flags of this project
@@ -48,25 +49,26 @@ WARM_UP = 10  # updates before the clock counts; this project's log writes a lin
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = machine.Parser(__file__, __doc__)
+    parser = cli.Parser(__doc__)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--reference", required=True, help="Your copy of diffusers' train_instruct_pix2pix.py.")
     what.add_argument("--comparisons", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="Which ones.")
-    what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
-    what.add_argument("--resolution", type=int, help="64 for small, 256 for sd15.")
+    what.add_argument("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
+    what.add_argument("--resolution", type=int, help="64 for small, 128 for unet, 256 for sd15.")
     what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no", help="Of both sides.")
     what.add_argument("--compile", action="store_true", help="This project's side of `recipe` with --compile.")
     how = parser.add_argument_group("how it is timed")
     how.add_argument("--updates", type=int, default=20, help="Updates of a run; the first ten do not count.")
-    how.add_argument("--repeats", type=int, default=3, help="Runs of each side.")
+    how.add_argument("--repeats", type=cli.whole_number(1), default=3, help="Runs of each side.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model, pairs and runs are kept.")
     args = parser.parse_args(argv)
     if not Path(args.reference).is_file():
-        machine.fail(f"--reference: {args.reference} is not a file")
+        raise cli.UserError(f"--reference: {args.reference} is not a file")
     if args.updates < 2 * WARM_UP or args.updates % WARM_UP:
-        machine.fail(f"--updates: {args.updates} is not 20, 30, ...; the first ten warm up, the rest is timed in tens")
-    machine.require_positive(args, "repeats")
-    args.resolution = args.resolution or {"small": 64, "sd15": 256}[args.size]
+        raise cli.UserError(
+            f"--updates: {args.updates} is not 20, 30, ...; the first ten warm up, the rest is timed in tens"
+        )
+    args.resolution = args.resolution or models.RESOLUTIONS[args.size]
     return args
 
 
@@ -89,22 +91,24 @@ def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
     ]
 
 
-def run(command: list[str]) -> str:
+def output_of(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        machine.fail(f"{shlex.join(command[:4])} ... ended with {done.returncode}: {done.stderr.strip()[-800:]}")
+        said = " ".join(done.stderr.split())[-800:]
+        raise cli.UserError(f"{shlex.join(command[:4])} ... ended with {done.returncode}: {said}")
     return done.stdout
 
 
 def time_reference(args, flags: list[str]) -> float:
     """Seconds per update of one run of the reference."""
-    clocks = json.loads(run([sys.executable, "-m", "benchmarks.reference", args.reference, *flags]).splitlines()[-1])
+    printed = output_of([sys.executable, "-m", "benchmarks.reference", args.reference, *flags])
+    clocks = json.loads(printed.splitlines()[-1])
     return (clocks[args.updates - 1] - clocks[WARM_UP - 1]) / (args.updates - WARM_UP)
 
 
 def time_ours(args, flags: list[str], output_dir: Path) -> float:
     """Seconds per update of one run of this project, from its own log."""
-    run([sys.executable, "train_instruct_pix2pix.py", *flags, "--report_to=none"])
+    output_of([sys.executable, "train_instruct_pix2pix.py", *flags, "--report_to=none"])
     lines = (output_dir / "training_log.jsonl").read_text().splitlines()
     rates = [json.loads(line)["images_per_second"] for line in lines[WARM_UP:]]
     return statistics.mean(IMAGES / rate for rate in rates)
@@ -115,10 +119,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     from tqdm.auto import tqdm
 
-    from benchmarks.models import model_folder, pairs_folder
-
     folder = Path(args.folder)
-    model, data = model_folder(args.size, folder), pairs_folder(folder)
+    model, data = models.model_folder(args.size, folder), models.pairs_folder(folder)
     seconds = {name: {"reference": [], "ours": []} for name in args.comparisons}
     with tqdm(total=2 * args.repeats * len(seconds), unit="run") as progress:
         for _ in range(args.repeats):
@@ -157,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

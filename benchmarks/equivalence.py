@@ -17,22 +17,22 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import machine
+from instruct_pix2pix import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = machine.Parser(__file__, __doc__)
+    parser = cli.Parser(__doc__)
     what = parser.add_argument_group("what is compared")
     what.add_argument("--reference", help="Your copy of diffusers' train_instruct_pix2pix.py; needs torchvision.")
-    what.add_argument("--updates", type=int, default=20, help="Updates to compare.")
-    what.add_argument("--batch_size", type=int, default=2, help="Images per micro-batch.")
-    what.add_argument("--accumulation", type=int, default=2, help="Micro-batches per update.")
+    what.add_argument("--updates", type=cli.whole_number(1), default=20, help="Updates to compare.")
+    what.add_argument("--batch_size", type=cli.whole_number(1), default=2, help="Images per micro-batch.")
+    what.add_argument("--accumulation", type=cli.whole_number(1), default=2, help="Micro-batches per update.")
     what.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate, constant.")
     what.add_argument("--dropout", type=float, default=0.1, help="Conditioning dropout probability.")
     what.add_argument("--seed", type=int, default=0, help="Seed of this project's random streams.")
     args = parser.parse_args(argv)
-    machine.require_positive(args, "updates", "batch_size", "accumulation")
     if args.reference is not None and not Path(args.reference).is_file():
-        machine.fail(f"--reference: {args.reference} is not a file")
+        raise cli.UserError(f"--reference: {args.reference} is not a file")
     return args
 
 
@@ -219,4 +219,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

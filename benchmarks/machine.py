@@ -1,39 +1,10 @@
-"""What the benchmarks share: their command line, and what a measurement depends on besides the code."""
+"""What a measurement depends on besides the code."""
 
-import argparse
 import datetime
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
-from typing import NoReturn
-
-
-class Parser(argparse.ArgumentParser):
-    """Defaults behind every flag, the docstring's lines as they stand, a mistake in one line."""
-
-    class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
-
-    def __init__(self, script: str, description: str):
-        name = Path(script).name
-        super().__init__(prog=name, description=description, formatter_class=self._Formatter, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message.removeprefix('argument ')} (see --help)")
-
-
-def fail(message: str) -> NoReturn:
-    """One line on stderr and exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def require_positive(args: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(args, name) < 1:
-            fail(f"--{name}: {getattr(args, name)} is too small; give 1 or more")
 
 
 def describe() -> dict:

@@ -7,11 +7,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PROMPTS = ("turn it into a cartoon", "make it look like a painting", "sharpen the picture", "remove the noise")
 # Widths of UNet and VAE, width, layers and heads of the text encoder. `sd15` has the shapes of Stable Diffusion v1.5
-# (but for the vocabulary), `small` its depth and connections at a fraction of the width.
+# (but for the vocabulary), `small` its depth and connections at a fraction of the width. In `unet` the frozen encoders
+# cost next to nothing: two levels, and a VAE that divides by 2 only, so that 128 px give latents of 64x64.
 SIZES = {
     "small": {"unet": (64, 128, 256, 256), "vae": (32, 64, 128, 128), "text": (64, 12, 4)},
+    "unet": {"unet": (96, 192), "vae": (32, 32), "text": (64, 2, 4)},
     "sd15": {"unet": (320, 640, 1280, 1280), "vae": (128, 256, 512, 512), "text": (768, 12, 12)},
 }
+RESOLUTIONS = {"small": 64, "unet": 128, "sd15": 256}  # that training is timed at
 
 
 def model_folder(size: str, folder: Path, in_channels: int = 4) -> Path:
@@ -44,8 +47,8 @@ def build_pipeline(unet: tuple, vae: tuple, text: tuple, in_channels: int = 4, s
         return assemble(
             vae=AutoencoderKL(
                 block_out_channels=vae,
-                down_block_types=("DownEncoderBlock2D",) * 4,
-                up_block_types=("UpDecoderBlock2D",) * 4,
+                down_block_types=("DownEncoderBlock2D",) * len(vae),
+                up_block_types=("UpDecoderBlock2D",) * len(vae),
                 layers_per_block=2,
                 latent_channels=4,
             ),
@@ -62,7 +65,13 @@ def build_pipeline(unet: tuple, vae: tuple, text: tuple, in_channels: int = 4, s
                 )
             ),
             tokenizer=tokenizer,
-            unet=UNet2DConditionModel(in_channels=in_channels, block_out_channels=unet, cross_attention_dim=width),
+            unet=UNet2DConditionModel(
+                in_channels=in_channels,
+                block_out_channels=unet,
+                down_block_types=("CrossAttnDownBlock2D",) * (len(unet) - 1) + ("DownBlock2D",),
+                up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (len(unet) - 1),
+                cross_attention_dim=width,
+            ),
             scheduler=DDPMScheduler(
                 beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
             ),

@@ -12,17 +12,18 @@ import time
 import types
 from pathlib import Path
 
+from instruct_pix2pix import cli
+
 
 def load(path: str):
-    """The reference as a module. Raises SystemExit(2) with one line where it cannot be imported."""
+    """The reference as a module. Raises UserError where it cannot be imported."""
     spec = importlib.util.spec_from_file_location("reference_train_instruct_pix2pix", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except ImportError as error:
-        reason = " ".join(str(error).split())[:200]
-        print(f"--reference: error: {path} cannot be imported ({reason}); install what it needs", file=sys.stderr)
-        raise SystemExit(2) from None
+        reason = cli.first_line(error)
+        raise cli.UserError(f"--reference: {path} cannot be imported ({reason}); install what it needs") from error
     return module
 
 
@@ -104,6 +105,11 @@ def final_weights(output_dir: Path, step: int) -> tuple[dict, dict]:
     return load_file(folder / "unet" / name), load_file(folder / "unet_ema" / name)
 
 
+def main(argv: list[str] | None = None) -> None:
+    """python -m benchmarks.reference PATH FLAG... runs the reference and prints the clock of every update."""
+    path, *flags = sys.argv[1:] if argv is None else argv
+    print(json.dumps([update["clock"] for update in run(load(path), flags)]))
+
+
 if __name__ == "__main__":
-    # python -m benchmarks.reference PATH FLAG... runs the reference and prints the clock of every update.
-    print(json.dumps([update["clock"] for update in run(load(sys.argv[1]), sys.argv[2:])]))
+    cli.run(main)
