@@ -25,9 +25,6 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-# ---- edits
-
-
 def tint(red: float, green: float, blue: float):
     return lambda image, rng: to_uint8(image * np.array([red, green, blue], dtype=np.float32))
 
@@ -61,9 +58,6 @@ def edges(image, rng):
     return tone(1, 1, 1)(np.repeat((255 - np.minimum(gradient, 255))[..., None], 3, axis=2), rng)
 
 
-# ---- degradations
-
-
 def add_noise(image, rng):
     return to_uint8(image + rng.normal(0, rng.uniform(15, 30), image.shape))
 
@@ -89,8 +83,7 @@ def dim(image, rng):
     return to_uint8(exposed + rng.normal(0, 2, image.shape))
 
 
-# ---- names: function and wordings, between commas
-
+# Of each edit the function, and its wordings between commas.
 # fmt: off
 EDITS = {
     "keep": (lambda image, rng: image.copy(),
@@ -136,9 +129,6 @@ FUNCTIONS = {name: function for name, (function, _) in (EDITS | RESTORATIONS).it
 WORDINGS = {name: wordings.split(", ") for name, (_, wordings) in (EDITS | RESTORATIONS).items()}
 # In turn, one row each. Restorations are harder: they come twice.
 TURNS = [*(name for name in EDITS if name != "keep"), *RESTORATIONS, *RESTORATIONS]
-
-
-# ---- the dataset
 
 
 def cut_tile(photo: np.ndarray, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -36,6 +36,18 @@ from instruct_pix2pix.training.loss import add_noise, diffusion_loss, prediction
 
 TILE = 64  # pixels; 16 x 16 latents
 POSTERIOR_DEVIATION = 0.05  # of latents whose variance is 1
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [stable-diffusion, tiny]
+---
+# Tiny Stable Diffusion
+
+A complete `StableDiffusionPipeline` of 3.6 million parameters that stands in for Stable Diffusion v1.5 where no
+checkpoint can be fetched: in tests and examples. Trained for minutes on 64-pixel tiles of photos, it has learned their
+colours and soft shapes, not objects. Image sides must be multiples of 16.
+"""
 
 
 def train(photos, args) -> None:
@@ -43,12 +55,12 @@ def train(photos, args) -> None:
     pixels = {"train": {}, "validation": {}, "test": {}}
     for name, split in zip(photos.names, photos.splits, strict=True):
         pixels[split or "train"][Path(name).stem] = decode_image(photos.read(name))
-    for stage, steps in zip((train_vae, train_base), args.steps, strict=True):
-        name = stage.__name__.removeprefix("train_")
+    stages = ("vae", train_vae), ("tiny-stable-diffusion", train_base)
+    for (name, stage), steps in zip(stages, args.steps, strict=True):
         done = args.work_dir / f"{name}.json"
         if not done.exists():
             shutil.rmtree(args.work_dir / name, ignore_errors=True)
-            write_json(done, stage(pixels["train"], pixels["test"], steps, args))
+            write_json(done, stage(pixels["train"], pixels["test"], steps, args, args.work_dir / name))
         print(f"{name}: {done.read_text()}")
 
 
@@ -99,9 +111,6 @@ def optimise(name: str, modules: list[nn.Module], steps: int, loss_at, seed: int
         parameter.data = mean
     seconds = round(time.perf_counter() - started)
     return {"updates": steps, "seconds": seconds, "loss": round(float(np.mean(losses[-100:])), 5)}
-
-
-# ---- the autoencoder
 
 
 def zero_residual_branches(model: nn.Module) -> None:
@@ -156,8 +165,8 @@ def autoencoder_batches(photos: dict, args):
     return lambda generator, size: to_model([tiles[i] for i in torch.randint(len(tiles), (size,), generator=generator)])
 
 
-def train_vae(photos: dict, held_out: dict, steps: int, args) -> dict:
-    """Train encoder and decoder together; save the VAE to `<work_dir>/vae`. Returns the figures.
+def train_vae(photos: dict, held_out: dict, steps: int, args, folder: Path) -> dict:
+    """Train encoder and decoder together and save the VAE to `folder`. Returns the figures.
 
     The latents that are decoded carry noise in proportion to their own spread in the batch. So neighbouring latents
     decode alike, and nothing is gained by larger latents, as it would be with noise of a fixed size.
@@ -175,11 +184,8 @@ def train_vae(photos: dict, held_out: dict, steps: int, args) -> dict:
 
     figures = optimise("vae", [vae], steps, loss_at, args.seed)
     standardise_latents(vae, batch(torch.Generator().manual_seed(args.seed), 1024))
-    vae.save_pretrained(args.work_dir / "vae")
+    vae.save_pretrained(folder)
     return figures | ceiling(vae, held_out)
-
-
-# ---- text to image
 
 
 def caption(stem: str) -> str:
@@ -204,8 +210,8 @@ def prepare_unet(unet: nn.Module) -> None:
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
 
-def train_base(photos: dict, held_out: dict, steps: int, args) -> dict:
-    """Train the 4-channel UNet with its text encoder; save the whole pipeline to `<work_dir>/base`."""
+def train_base(photos: dict, held_out: dict, steps: int, args, folder: Path) -> dict:
+    """Train the 4-channel UNet with its text encoder and save the whole pipeline to `folder`. Returns the figures."""
     pipeline, tokenizer = build_tiny_pipeline(4, args.seed), build_tokenizer()  # a used one saves its last padding
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.work_dir / "vae"))
     prepare_unet(pipeline.unet)
@@ -238,5 +244,5 @@ def train_base(photos: dict, held_out: dict, steps: int, args) -> dict:
         return diffusion_loss(predicted, target, (5 * (1 - alphas[times])).clamp(max=1))
 
     figures = optimise("base", [pipeline.text_encoder, pipeline.unet], steps, loss_at, args.seed)
-    save_pipeline(pipeline, args.work_dir / "base")
+    save_pipeline(pipeline, folder, CARD)
     return figures
