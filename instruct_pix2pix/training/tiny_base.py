@@ -1,0 +1,248 @@
+"""The stages by which the tiny Stable Diffusion in assets/ was made; the library's own training needs none of this.
+
+vae     The autoencoder, on 64-pixel tiles of photos, cartoons and other edited photos. The squared error alone, no
+        perceptual or adversarial loss: what counts here is the ceiling, in dB, that it sets.
+base    The 4-channel text-to-image UNet and its text encoder, on latents of photos captioned by their file names, half
+        of them edited: "a photo of a windmill", "a photo of a windmill, make it gray".
+"""
+
+import math
+import re
+import shutil
+import time
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from PIL import Image, ImageOps
+from torch import nn
+from tqdm import tqdm
+
+from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
+from instruct_pix2pix.building.generic_edits import FUNCTIONS, WORDINGS, cut_tile, make_pair
+from instruct_pix2pix.building.photos import decode_image
+from instruct_pix2pix.data.triples import to_unit_range
+from instruct_pix2pix.files import write_json
+from instruct_pix2pix.metrics import psnr
+from instruct_pix2pix.models.sd import tokenize
+from instruct_pix2pix.models.tiny import build_tiny_pipeline, build_tokenizer, build_vae, save_pipeline
+from instruct_pix2pix.training.ema import EMA
+from instruct_pix2pix.training.loss import add_noise, diffusion_loss, prediction_target
+
+TILE = 64  # pixels; 16 x 16 latents
+POSTERIOR_DEVIATION = 0.05  # of latents whose variance is 1
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [stable-diffusion, tiny]
+---
+# Tiny Stable Diffusion
+
+A complete `StableDiffusionPipeline` of 3.6 million parameters that stands in for Stable Diffusion v1.5 where no
+checkpoint can be fetched: in tests and examples. Trained for minutes on 64-pixel tiles of photos, it has learned their
+colours and soft shapes, not objects. Image sides must be multiples of 16.
+"""
+
+
+def train(photos, args) -> None:
+    """Run the stages that `args.work_dir` does not hold yet. `photos`: building.photos.Photos with train and test."""
+    pixels = {"train": {}, "validation": {}, "test": {}}
+    for name, split in zip(photos.names, photos.splits, strict=True):
+        pixels[split or "train"][Path(name).stem] = decode_image(photos.read(name))
+    stages = ("vae", train_vae), ("tiny-stable-diffusion", train_base)
+    for (name, stage), steps in zip(stages, args.steps, strict=True):
+        done = args.work_dir / f"{name}.json"
+        if not done.exists():
+            shutil.rmtree(args.work_dir / name, ignore_errors=True)
+            write_json(done, stage(pixels["train"], pixels["test"], steps, args, args.work_dir / name))
+        print(f"{name}: {done.read_text()}")
+
+
+def cut_tiles(photos: dict, count: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """`count` tiles, uint8 (TILE, TILE, 3), of the photos in turn."""
+    return [cut_tile(photo, TILE, rng) for photo in islice(cycle(photos.values()), count)]
+
+
+def to_model(images) -> torch.Tensor:
+    """N uint8 images (H, W, 3) to float32 (N, 3, H, W) in [-1, 1]."""
+    return to_unit_range(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+
+
+def optimise(name: str, modules: list[nn.Module], steps: int, loss_at, seed: int) -> dict:
+    """Minimise `loss_at(generator)` over the modules' parameters and leave their moving average in them.
+
+    The weights of convolutions and linear layers, as matrices with a row for each output channel, are updated by Muon
+    (Jordan et al. 2024), all else by AdamW. Returns the number of updates, the seconds, the last hundred's mean loss.
+    """
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    # Those with too few channels to speak of a matrix are AdamW's.
+    weights = [w for w in (layer.weight for layer in layers) if len(w) >= 8 and w[0].numel() >= 16]
+    matrices = {weight: nn.Parameter(weight.detach().flatten(1)) for weight in weights}  # views of the weights
+    others = [parameter for parameter in parameters if parameter not in matrices]
+    optimizers = [
+        torch.optim.AdamW(others, 1e-3, betas=(0.9, 0.99), weight_decay=1e-4),
+        # With this adjustment an update is as large as one of AdamW at the same rate.
+        torch.optim.Muon(matrices.values(), 3e-3, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw"),
+    ]
+    schedules = [get_cosine_schedule_with_warmup(each, min(200, steps // 10), steps) for each in optimizers]
+    average, losses, generator = EMA(parameters, 0.995), [], torch.Generator().manual_seed(seed)
+    started = time.perf_counter()
+    for _ in tqdm(range(steps), desc=name, mininterval=5):
+        for parameter in parameters:
+            parameter.grad = None
+        loss = loss_at(generator)
+        loss.backward()
+        losses.append(loss.item())
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        for weight, matrix in matrices.items():
+            matrix.grad = weight.grad.flatten(1)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        average.update()
+    for parameter, mean in zip(parameters, average.shadow, strict=True):
+        parameter.data = mean
+    seconds = round(time.perf_counter() - started)
+    return {"updates": steps, "seconds": seconds, "loss": round(float(np.mean(losses[-100:])), 5)}
+
+
+def zero_residual_branches(model: nn.Module) -> None:
+    """Make every residual block and attention the identity (or its shortcut) to start with."""
+    for module in model.modules():
+        if isinstance(module, ResnetBlock2D | Attention):
+            last = module.conv2 if isinstance(module, ResnetBlock2D) else module.to_out[0]
+            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+
+
+@torch.no_grad()
+def standardise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Bring the latents of `images`, (B, 3, H, W) in [-1, 1], to zero mean and unit variance in each channel.
+
+    The 1x1 convolution behind the encoder does it and the one before the decoder undoes it: what is decoded stays the
+    same. The posterior's standard deviation becomes POSTERIOR_DEVIATION everywhere.
+    """
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in images.split(64)])
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    before, after = vae.quant_conv, vae.post_quant_conv
+    before.weight[:4] /= deviation[:, None, None, None]
+    before.bias[:4] = (before.bias[:4] - mean) / deviation
+    before.weight[4:].zero_(), before.bias[4:].fill_(2 * math.log(POSTERIOR_DEVIATION))
+    after.bias += after.weight[..., 0, 0] @ mean
+    after.weight *= deviation[None, :, None, None]
+
+
+@torch.no_grad()
+def ceiling(vae: AutoencoderKL, photos: dict) -> dict:
+    """PSNR in dB of the middle 128 pixels of the photos, and of cartoons of them, encoded and decoded: the means."""
+    squares = [np.asarray(ImageOps.fit(Image.fromarray(photo), (128, 128))) for photo in photos.values()]
+    figures = {}
+    for name, images in {"photos": squares, "cartoons": opencv_cartoonize(np.stack(squares))}.items():
+        decoded = vae.decode(vae.encode(to_model(images)).latent_dist.mode()).sample.clamp(-1, 1)
+        decoded = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        figures[f"{name} dB"] = round(float(np.mean(list(map(psnr, decoded, images)))), 2)
+    return figures
+
+
+def autoencoder_batches(photos: dict, args):
+    """A function from a generator and a size B to training images, float32 (B, 3, TILE, TILE) in [-1, 1].
+
+    Half of the tiles are photos, the others stand for the pictures that edits make, which the latents have to hold as
+    well: cartoons above all.
+    """
+    rng = np.random.default_rng(args.seed)
+    tiles = cut_tiles(photos, args.tiles, rng)
+    for number in range(0, len(tiles), 2):
+        name = rng.choice(["cartoon", "posterize", "vivid", "more contrast", "gray", "invert"], p=[0.5] + [0.1] * 5)
+        change = FUNCTIONS.get(name, lambda tile, rng: opencv_cartoonize(tile[None])[0])
+        tiles[number] = change(tiles[number], rng)
+    return lambda generator, size: to_model([tiles[i] for i in torch.randint(len(tiles), (size,), generator=generator)])
+
+
+def train_vae(photos: dict, held_out: dict, steps: int, args, folder: Path) -> dict:
+    """Train encoder and decoder together and save the VAE to `folder`. Returns the figures.
+
+    The latents that are decoded carry noise in proportion to their own spread in the batch. So neighbouring latents
+    decode alike, and nothing is gained by larger latents, as it would be with noise of a fixed size.
+    """
+    batch = autoencoder_batches(photos, args)
+    torch.manual_seed(args.seed)
+    vae = build_vae()
+    zero_residual_branches(vae)
+
+    def loss_at(generator):
+        images = batch(generator, 8)
+        latents = vae.encode(images).latent_dist.mean
+        noise = torch.randn(latents.shape, generator=generator) * latents.std((0, 2, 3), keepdim=True)
+        return (vae.decode(latents + POSTERIOR_DEVIATION * noise).sample - images).square().mean()
+
+    figures = optimise("vae", [vae], steps, loss_at, args.seed)
+    standardise_latents(vae, batch(torch.Generator().manual_seed(args.seed), 1024))
+    vae.save_pretrained(folder)
+    return figures | ceiling(vae, held_out)
+
+
+def caption(stem: str) -> str:
+    """The file stem renewable_windmill12 gives "a photo of a windmill": no number, no name of the group."""
+    stem = re.sub(r"^(animals|farm|fishes|monuments|others|renewable|tools)_", "", stem)
+    return f"a photo of a {re.sub(r'[0-9]+', '', stem.replace('_', ' ')).strip()}"
+
+
+@torch.no_grad()
+def prepare_unet(unet: nn.Module) -> None:
+    """Start from zero residual branches and a zero output, as Dhariwal and Nichol (2021) do.
+
+    Two channels of each group before the output start as constants of opposite sign, so that the normalisation there
+    does not take away the mean of the image, which a copy has to keep.
+    """
+    zero_residual_branches(unet)
+    per_group = unet.config.block_out_channels[0] // unet.config.norm_num_groups
+    shortcut = unet.up_blocks[-1].resnets[-1].conv_shortcut
+    for offset, constant in ((0, 2.0), (1, -2.0)):
+        shortcut.weight[offset::per_group], shortcut.bias[offset::per_group] = 0, constant
+    for layer in (unet.conv_out, unet.add_embedding.norm2):  # the pooled text, too, starts at zero
+        nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+
+
+def train_base(photos: dict, held_out: dict, steps: int, args, folder: Path) -> dict:
+    """Train the 4-channel UNet with its text encoder and save the whole pipeline to `folder`. Returns the figures."""
+    pipeline, tokenizer = build_tiny_pipeline(4, args.seed), build_tokenizer()  # a used one saves its last padding
+    pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.work_dir / "vae"))
+    prepare_unet(pipeline.unet)
+    rng = np.random.default_rng(args.seed)
+    tiles = cut_tiles(photos, args.tiles, rng)
+    captions = [caption(stem) for stem in islice(cycle(photos), args.tiles)]
+    for number in np.flatnonzero(rng.random(args.tiles) < 0.5):
+        task = rng.choice(list(WORDINGS))
+        tiles[number] = make_pair(task, tiles[number], rng)[1]
+        captions[number] += f", {rng.choice(WORDINGS[task])}"
+    tokens, nothing = tokenize(tokenizer, captions), tokenize(tokenizer, [""])
+    with torch.no_grad():
+        parts = to_model(tiles).split(64)
+        latents = torch.cat([pipeline.vae.encode(part).latent_dist.mode() for part in parts])
+    alphas = pipeline.scheduler.alphas_cumprod
+
+    def loss_at(generator):
+        """Squared error of the velocity (Salimans and Ho 2022) at random time steps.
+
+        That of the clean latents times SNR + 1, a factor that is clipped at 5, so that nearly clean latents do not
+        outweigh all others. Min-SNR weights (Hang et al. 2023) would silence the noisiest steps too.
+        """
+        chosen = torch.randint(len(latents), (16,), generator=generator)
+        clean, noise = latents[chosen], torch.randn(latents[chosen].shape, generator=generator)
+        times = torch.randint(len(alphas), (16,), generator=generator)
+        named = torch.rand(16, 1, generator=generator) >= 0.1
+        text = pipeline.text_encoder(torch.where(named, tokens[chosen], nothing)).last_hidden_state
+        predicted = pipeline.unet(add_noise(clean, noise, times, alphas), times, text).sample
+        target = prediction_target(clean, noise, times, alphas, "v_prediction")
+        return diffusion_loss(predicted, target, (5 * (1 - alphas[times])).clamp(max=1))
+
+    figures = optimise("base", [pipeline.text_encoder, pipeline.unet], steps, loss_at, args.seed)
+    save_pipeline(pipeline, folder, CARD)
+    return figures

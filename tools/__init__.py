@@ -1,1 +1,0 @@
-"""Scripts that make what is kept under assets/: the tiny base models."""
