@@ -21,35 +21,35 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, models
+from instruct_pix2pix import cli
 
 ROOT = Path(__file__).parent.parent
 INSTRUCTION = "turn it into a cartoon"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = machine.Parser(__file__, __doc__)
+    parser = cli.Parser(__doc__)
     what = parser.add_argument_group("what is edited")
-    what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
+    what.add_argument("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
     what.add_argument("--resolution", type=int, help="Side of the square images: 64 for small, 512 for sd15.")
-    what.add_argument("--images", type=int, default=16, help="Photographs to edit.")
-    what.add_argument("--steps", type=int, default=20, help="Denoising steps.")
+    what.add_argument("--images", type=cli.whole_number(1), default=16, help="Photographs to edit.")
+    what.add_argument("--steps", type=cli.whole_number(1), default=20, help="Denoising steps.")
     what.add_argument("--guidance_scale", type=float, default=7.0, help="Of both sides.")
     what.add_argument("--image_guidance_scale", type=float, default=1.5, help="Of both sides.")
     ours = parser.add_argument_group("how edit_images.py does it")
-    ours.add_argument("--batch_size", type=int, default=4, help="Images edited at a time.")
+    ours.add_argument("--batch_size", type=cli.whole_number(1), default=4, help="Images edited at a time.")
     ours.add_argument("--compile", action="store_true", help="Compile the UNet's blocks, before the clock starts.")
     how = parser.add_argument_group("how it is timed")
-    how.add_argument("--repeats", type=int, default=3, help="Turns of each side that count.")
+    how.add_argument("--repeats", type=cli.whole_number(1), default=3, help="Turns of each side that count.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the images are kept.")
     args = parser.parse_args(argv)
-    machine.require_positive(args, "images", "steps", "batch_size", "repeats")
-    args.resolution = args.resolution or {"small": 64, "sd15": 512}[args.size]
+    args.resolution = args.resolution or {"sd15": 512}.get(args.size) or models.RESOLUTIONS[args.size]
     if args.resolution < 64 or args.resolution % 64:
-        machine.fail(f"--resolution: {args.resolution} is not a multiple of 64, which the model takes without padding")
+        raise cli.UserError(f"--resolution: {args.resolution} is not a multiple of 64, which needs no padding")
     available = len(photographs())
     if args.images > available:
-        machine.fail(f"--images: {args.images} is too many; assets/photos/train has {available}")
+        raise cli.UserError(f"--images: {args.images} is too many; assets/photos/train has {available}")
     return args
 
 
@@ -106,7 +106,6 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_args(argv)
     import torch
 
-    from benchmarks import models
     from inference import edit_images
     from instruct_pix2pix import edit_folder, editing
     from instruct_pix2pix.files import file_sha256
@@ -177,4 +176,4 @@ def print_table(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

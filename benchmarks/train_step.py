@@ -18,7 +18,8 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, models
+from instruct_pix2pix import cli
 
 # AdamW with the average, each tensor touched once: gradient read twice (the norm comes first), weight, two moments and
 # average read and written, in float32.
@@ -27,13 +28,13 @@ STAGES = ("data", "encoders and noise", "UNet forward and backward", "clip, Adam
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = machine.Parser(__file__, __doc__)
+    parser = cli.Parser(__doc__)
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--size", choices=("small", "sd15"), default="small", help="Shapes of the model.")
+    what.add_argument("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
     what.add_argument("--dataset", help="Folder or Hub id of a dataset of triples; photographs of assets/ otherwise.")
-    what.add_argument("--resolution", type=int, help="64 for small, 256 for sd15.")
-    what.add_argument("--batch_size", type=int, default=8, help="Images per micro-batch.")
-    what.add_argument("--accumulation", type=int, default=1, help="Micro-batches per update.")
+    what.add_argument("--resolution", type=int, help="64 for small, 128 for unet, 256 for sd15.")
+    what.add_argument("--batch_size", type=cli.whole_number(1), default=8, help="Images per micro-batch.")
+    what.add_argument("--accumulation", type=cli.whole_number(1), default=1, help="Micro-batches per update.")
     what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 on a GPU, no on a CPU.")
     what.add_argument("--gradient_checkpointing", action="store_true", help="As in training.")
     what.add_argument("--max_micro_batch_size", help="As in training: a number, or auto.")
@@ -42,13 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--no_cache", action="store_true", help="Decode images and run the frozen encoders.")
     what.add_argument("--num_workers", type=int, default=0, help="Processes that load data.")
     how = parser.add_argument_group("how it is timed")
-    how.add_argument("--updates", type=int, default=10, help="Updates timed, and timed again stage by stage.")
-    how.add_argument("--warmup", type=int, default=3, help="Updates before the clock starts.")
+    how.add_argument("--updates", type=cli.whole_number(1), default=10, help="Updates timed, and again stage by stage.")
+    how.add_argument("--warmup", type=cli.whole_number(1), default=3, help="Updates before the clock starts.")
     how.add_argument("--operators", type=int, default=0, help="Print so many of the slowest operators.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the pairs are kept.")
     args = parser.parse_args(argv)
-    machine.require_positive(args, "batch_size", "accumulation", "updates", "warmup")
-    args.resolution = args.resolution or {"small": 64, "sd15": 256}[args.size]
+    args.resolution = args.resolution or models.RESOLUTIONS[args.size]
     return args
 
 
@@ -141,7 +141,6 @@ def main(argv: list[str] | None = None) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks import models
     from instruct_pix2pix.training import options, preparation
     from instruct_pix2pix.training import step as steps
     from instruct_pix2pix.training.log import set_up_logging
@@ -242,4 +241,4 @@ def print_table(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
