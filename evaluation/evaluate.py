@@ -164,10 +164,14 @@ def main(argv: list[str] | None = None) -> None:
     check_folder("--output_dir", args.output_dir)
     editing.check_model(args.model, "--model")
     import datasets
+    import diffusers
+    import transformers
 
     from instruct_pix2pix.images import encode_image
 
-    datasets.disable_progress_bars()
+    datasets.disable_progress_bars()  # one bar at a time, ours
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     triples = read_split(args)
     pipeline = editing.load_pipeline(args.model, "--model", safety_checker=None)
 
