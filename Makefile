@@ -33,7 +33,7 @@ quickstart-control: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUTPUT_DIR=outputs/quickstart-control bash recipes/quickstart.sh \
 		--edited_image_column=original_image
 
-# Trains models like those in assets/, into outputs/tiny_models: an hour and a half on one CPU core.
+# Trains models like those in assets/, into outputs/tiny_models: some two hours on one CPU core.
 tiny-base: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/tiny_base.sh
 
