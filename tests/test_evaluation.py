@@ -190,7 +190,7 @@ def test_a_side_that_the_model_cannot_take_is_padded_and_measured_whole(dataset,
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model=/no/such"], "--model: /no/such is no"),
+        (["--model=/no/such"], "--model: /no/such is no folder here"),
         (["--split=held_out"], "has no split named held_out, only train, test"),
         (["--batch_size=0"], "--batch_size: 0 is too small"),
     ],
