@@ -392,6 +392,16 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, photos):
     assert "row 0, column edit_prompt: [1] is not an instruction" in error_of(dataset_name=str(tmp_path / "no-strings"))
 
 
+def test_an_address_in_a_column_is_refused_and_not_fetched_at_every_use(tmp_path):
+    address = "http://127.0.0.1:9/a.png"
+    rows = datasets.Dataset.from_dict(
+        {"original_image": [address], "edit_prompt": ["edit it"], "edited_image": [address]}
+    )
+    rows.to_parquet(tmp_path / "data" / "train.parquet")
+    with pytest.raises(RowError, match=f"row 0, column original_image: .*{address} is an address"):
+        load_triples(Source(str(tmp_path / "data"), "--dataset_name"))
+
+
 def test_a_truncated_image_is_named_when_it_is_decoded_and_takes_its_batchs_place(tmp_path, photos):
     folder = write_metadata(tmp_path / "data", photos[:3])
     content = (folder / "1-b.png").read_bytes()

@@ -17,7 +17,7 @@ from instruct_pix2pix.cli import RowError
 from instruct_pix2pix.data.geometry import align_original, alignment, crop_pair
 from instruct_pix2pix.data.order import SampleOrder, stream
 from instruct_pix2pix.data.sources import TASK_COLUMN, Source, find_rows
-from instruct_pix2pix.images import BadImage, image_size, read_image
+from instruct_pix2pix.images import BadImage, image_size, is_url, read_image
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +78,12 @@ def load_triples(
 
 
 def image_source(cell: dict | None) -> bytes | str:
-    """What an undecoded cell ({'bytes', 'path'}) holds, for images.read_image. Raises BadImage where it is empty."""
+    """What an undecoded cell ({'bytes', 'path'}) holds, for images.read_image. Raises BadImage where it is empty, or an
+    address, which would be fetched anew at every use."""
     if not cell or (cell["bytes"] is None and not cell["path"]):
         raise BadImage("no image")
+    if cell["bytes"] is None and is_url(cell["path"]):
+        raise BadImage(f"{cell['path']} is an address; download it and name the file")
     return cell["bytes"] if cell["bytes"] is not None else cell["path"]
 
 
