@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
+from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import flush, for_others, write_json, write_text
 from instruct_pix2pix.models import sd
@@ -277,7 +278,7 @@ The dataset has a licence of its own.
 
 ## Use
 
-Validated with guidance {config.guidance_scale} for the instruction and {config.image_guidance_scale} for the image.
+Recommended: guidance {config.guidance_scale} for the instruction and {config.image_guidance_scale} for the image.
 
 ```python
 import torch
@@ -290,7 +291,7 @@ image = load_image("photo.png")
 edited = pipeline(
     {json.dumps(instruction, ensure_ascii=False)},
     image=image,
-    num_inference_steps=20,
+    num_inference_steps={editing.NUM_INFERENCE_STEPS},
     image_guidance_scale={config.image_guidance_scale},
     guidance_scale={config.guidance_scale},
 ).images[0]

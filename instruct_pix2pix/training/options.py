@@ -7,7 +7,8 @@ import argparse
 import math
 from pathlib import Path
 
-from instruct_pix2pix.cli import Parser, UserError, guidance
+from instruct_pix2pix import editing
+from instruct_pix2pix.cli import Parser, UserError
 from instruct_pix2pix.data.geometry import GEOMETRIES, crop_is_fixed
 from instruct_pix2pix.data.sources import add_source_flags
 from instruct_pix2pix.images import is_url
@@ -172,21 +173,18 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="A checkpoint folder, or latest: go on from the newest if there is one.",
     )
 
-    validation = parser.add_argument_group("validation")
+    validation = parser.add_argument_group(
+        "validation",
+        "The guidance scales are also what the model card recommends. Both at 1 are no guidance, which suits tasks with"
+        " one right answer.",
+    )
     add = validation.add_argument
     add("--val_image_url", help="Image to edit during training: a URL or a local path.")
     add("--validation_prompt", help="Instruction to edit it with.")
     add("--num_validation_images", type=int, default=4, help="Edits per validation.")
     add("--validation_epochs", type=int, default=1, help="Validate every so many epochs.")
     add("--validation_steps", type=int, help="Validate every so many updates instead.")
-    add(
-        "--guidance_scale",
-        type=guidance,
-        default=7.0,
-        help="How closely validation follows the instruction, also recommended by the model card. Both scales at 1: no"
-        " guidance, which suits tasks with one right answer.",
-    )
-    add("--image_guidance_scale", type=guidance, default=1.5, help="How closely it keeps to the image, likewise.")
+    editing.add_guidance_flags(validation)
 
     tracking = parser.add_argument_group("tracking and publishing")
     add = tracking.add_argument
