@@ -24,7 +24,17 @@ from typing import TYPE_CHECKING
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, UserError, first_line, warn
 from instruct_pix2pix.files import check_folder, file_sha256, write_bytes
-from instruct_pix2pix.images import SUFFIXES, BadImage, contact_sheet, encode_image, image_size, read_image, walk_images
+from instruct_pix2pix.images import (
+    BadImage,
+    contact_sheet,
+    describe_others,
+    encode_image,
+    find_images,
+    image_size,
+    is_junk,
+    read_image,
+    suffixes,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -84,13 +94,15 @@ def read_instructions(path: str) -> list[tuple[str | None, str]]:
     return list(dict.fromkeys(found))
 
 
-def find_images(inputs: list[str], output_dir: Path) -> list[tuple[Path, str]]:
+def find_inputs(inputs: list[str], output_dir: Path) -> list[tuple[Path, str]]:
     """(path, relative name) of every image that files, folders and globs name, each image once.
 
-    Folders are searched to any depth. Hidden files and other files than images do not count, nor does `output_dir`.
+    Folders are searched to any depth. Hidden files and other files than images do not count, nor does `output_dir`;
+    how many other files there are is said.
     Raises UserError where an input does not exist or there is no image at all.
     """
     found: dict[Path, str] = {}
+    others: Counter[str] = Counter()
     folders = sum(Path(name).expanduser().is_dir() for name in inputs)
 
     def add(path: Path, relative: Path) -> None:
@@ -103,20 +115,23 @@ def find_images(inputs: list[str], output_dir: Path) -> list[tuple[Path, str]]:
             add(path, Path(path.name))
             continue
         if path.is_dir():
-            names, root = walk_images(path), path
+            (names, left_out), root = find_images(path, without=output_dir), path
+            others += left_out
         elif glob.has_magic(name):
             root = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
-            names = [match.relative_to(root) for match in matches if match.suffix.lower() in SUFFIXES]
+            names = [match.relative_to(root) for match in matches if match.suffix.lower() in suffixes()]
         else:
             raise UserError(f"{name}: does not exist; give files, folders or quoted globs")
         prefix = Path(path.resolve().name) if path.is_dir() and folders > 1 else Path()
         for relative in sorted(map(Path, names)):
-            if (root / relative).is_file() and not any(part.startswith((".", "__MACOSX")) for part in relative.parts):
+            if (root / relative).is_file() and not any(map(is_junk, relative.parts)):
                 add(root / relative, prefix / relative)
     if not found:
-        endings = " ".join(sorted(SUFFIXES))
-        raise UserError(f"{' '.join(inputs)}: no image found outside --output_dir; looked for {endings}")
+        only = f", only {describe_others(others)}" if others else ""
+        raise UserError(f"{' '.join(inputs)}: no image found outside --output_dir{only}")
+    if others:
+        warn(f"left out what is no image: {describe_others(others)}")
     return list(found.items())
 
 
@@ -167,7 +182,7 @@ def plan(args) -> list[Edit]:
     elif not args.inputs:
         raise UserError("inputs: missing; give files, folders or quoted globs of images")
     else:
-        images = find_images(args.inputs, output_dir)
+        images = find_inputs(args.inputs, output_dir)
         wanted = [(path, name, instruction) for _, instruction in lines for path, name in images]
     return plan_outputs(wanted, f".{args.format}")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from instruct_pix2pix.cli import Parser, UserError, first_line, guidance, warn, whole_number
 from instruct_pix2pix.files import check_folder, write_bytes
-from instruct_pix2pix.images import BadImage, encode_image, read_image
+from instruct_pix2pix.images import BadImage, add_pixel_limit, encode_image, read_image
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -67,6 +67,7 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
         help="a longer short side is scaled down to this many pixels for the model, and the result back up; "
         "0 gives the model every image at its own size",
     )
+    add_pixel_limit(sampling.add_argument)
 
 
 def guidance_warning(guidance_scale: float, image_guidance_scale: float) -> str | None:

@@ -6,26 +6,71 @@ Pillow and numpy are imported where they are used: `--help` answers at once.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import os
+import time
 import urllib.request
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from instruct_pix2pix.cli import UserError, first_line
+from instruct_pix2pix.cli import UserError, first_line, whole_number
 
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
-MAX_PIXELS = 100_000_000  # a file that claims more is taken for a decompression bomb
+MAX_PIXELS = (
+    100_000_000  # a file that claims more is taken for a decompression bomb, unless --max_image_pixels allows it
+)
+PIXEL_LIMIT = "INSTRUCT_PIX2PIX_MAX_IMAGE_PIXELS"  # in the environment, so that a loader's processes keep to it too
 MAX_DOWNLOAD_BYTES = 256 * 2**20
-URL_TIMEOUT_SECONDS = 30
+URL_TIMEOUT_SECONDS = 30  # of silence, and
+DOWNLOAD_SECONDS = 300  # in all
+# Formats that Pillow hands to other programs, only identifies, or that are no pictures.
+NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+JUNK = {"thumbs.db", "desktop.ini", "__macosx"}  # besides hidden files: .DS_Store, ._*, .ipynb_checkpoints
 
 
 class BadImage(UserError):
     """An image that cannot be used; the message is the reason."""
+
+
+def add_pixel_limit(add) -> None:
+    """Add --max_image_pixels with a parser's or a group's `add_argument`."""
+    add(
+        "--max_image_pixels",
+        type=_pixel_limit,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="images of more pixels are refused: a small file may unpack to more than the memory holds",
+    )
+
+
+def _pixel_limit(text: str) -> int:
+    """An argparse type that sets the limit: for this process, and for those that it starts."""
+    limit = whole_number(1)(text)
+    os.environ[PIXEL_LIMIT] = str(limit)
+    return limit
+
+
+def pixel_limit() -> int:
+    return int(os.environ.get(PIXEL_LIMIT, MAX_PIXELS))
+
+
+@functools.cache
+def suffixes() -> dict[str, str]:
+    """The endings, such as ".jpg", that image files have -> the name of the format: all that Pillow can read, and HEIC
+    where pillow-heif is installed."""
+    from PIL import Image
+
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    known = Image.registered_extensions().items()  # loads all of Pillow's formats
+    return {ending: name for ending, name in known if name in Image.OPEN and name not in NOT_READ}
 
 
 def is_url(text: str) -> bool:
@@ -35,7 +80,7 @@ def is_url(text: str) -> bool:
 def read_image(source: str | os.PathLike | bytes) -> Image.Image:
     """The picture behind a path, an http(s) address or an encoded file's bytes: RGB, upright, see `to_rgb`.
 
-    Raises BadImage for what cannot be fetched, is truncated, is no image, or has more than MAX_PIXELS pixels.
+    Raises BadImage for what cannot be fetched, is truncated, is no image, or has more pixels than `pixel_limit`.
     """
     try:
         with _opened(source) as image:
@@ -68,11 +113,12 @@ def _opened(source):
         source = io.BytesIO(fetch(source))
     else:
         source = Path(source).expanduser()
-    image = Image.open(source)
-    if image.width * image.height > MAX_PIXELS:
+    image = Image.open(source, formats=sorted(set(suffixes().values())))
+    pixels, limit = image.width * image.height, pixel_limit()
+    if pixels > limit:
         size = f"{image.width}x{image.height}"
         image.close()
-        raise BadImage(f"{size} is more than {MAX_PIXELS // 1_000_000} million pixels")
+        raise BadImage(f"{size} is more than {limit / 1e6:g} million pixels; allow it with --max_image_pixels {pixels}")
     return image
 
 
@@ -90,16 +136,35 @@ def _bad(error: Exception) -> BadImage:
 
 
 def fetch(url: str) -> bytes:
-    """The bytes behind an address. Raises BadImage where it cannot be reached or holds more than MAX_DOWNLOAD_BYTES."""
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+    """The bytes behind an address. Raises BadImage where it cannot be reached, holds more than MAX_DOWNLOAD_BYTES, or
+    takes longer than DOWNLOAD_SECONDS."""
+    content, deadline = io.BytesIO(), time.monotonic() + DOWNLOAD_SECONDS
     try:
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT_SECONDS) as response:
-            content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except Exception as error:  # a malformed address, a refused connection, an answer cut short
+        request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})
+        opener = urllib.request.build_opener(_WebOnly)
+        with opener.open(request, timeout=URL_TIMEOUT_SECONDS) as response:
+            while part := response.read1(2**16):
+                content.write(part)
+                if content.tell() > MAX_DOWNLOAD_BYTES:
+                    raise BadImage(f"is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB")
+                if time.monotonic() > deadline:
+                    raise BadImage(f"takes longer than {DOWNLOAD_SECONDS} seconds")
+            if response.length:  # of what was announced, so much has not come
+                raise BadImage("cannot be fetched (the answer was cut short)")
+    except BadImage:
+        raise
+    except Exception as error:  # a malformed address, a refused connection, an answer that is none
         raise BadImage(f"cannot be fetched ({first_line(error)})") from None
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise BadImage(f"is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB")
-    return content
+    return content.getvalue()
+
+
+class _WebOnly(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect to another web address only: urllib's own would also go on to ftp."""
+
+    def redirect_request(self, request, response, code, message, headers, address):
+        if not is_url(address):
+            raise BadImage(f"leads to {address[:80]}, which is not a web address")
+        return super().redirect_request(request, response, code, message, headers, address)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -128,18 +193,41 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def walk_images(root: str | os.PathLike) -> Iterator[str]:
-    """The image files under `root` at any depth, as paths within it. Not hidden or `__MACOSX` ones."""
-    seen = set()
+def is_junk(name: str) -> bool:
+    """Whether a file or folder of this name is the system's, not the user's: hidden ones, Thumbs.db, __MACOSX."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def find_images(root: str | os.PathLike, without: str | os.PathLike | None = None) -> tuple[list[str], Counter[str]]:
+    """The image files under `root` at any depth, sorted, as paths within it; and how many others there are by ending.
+
+    What `is_junk` is neither, nor is what the folder `without` holds. Folders behind links count, each once.
+    """
+    found, others, seen = [], Counter(), {os.path.realpath(without)} if without else set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(folder)) in seen:  # a link that leads back
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/")
+        subfolders[:] = sorted(name for name in subfolders if not is_junk(name))
+        for name in files:
+            ending = os.path.splitext(name)[1].lower()
+            if is_junk(name):
+                continue
+            if ending in suffixes():
+                found.append(os.path.relpath(os.path.join(folder, name), root).replace(os.sep, "/"))
+            else:
+                others[ending or "no ending"] += 1
+    return sorted(found), others
+
+
+def describe_others(others: Counter[str]) -> str:
+    """What `find_images` left out, for a message: "2 .pdf, 1 .heic (pip install pillow-heif)"."""
+    heic = " (pip install pillow-heif)"
+    known = [
+        f"{count} {ending}{heic if ending in ('.heic', '.heif') else ''}" for ending, count in others.most_common(9)
+    ]
+    return ", ".join(known) + (", ..." if len(others) > 9 else "")
 
 
 def encode_image(image: Image.Image, suffix: str, fast: bool = False) -> bytes:

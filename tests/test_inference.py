@@ -850,11 +850,11 @@ def test_output_names():
     assert len(set(alike)) == 2
 
 
-def test_find_images(photos, tmp_path, monkeypatch):
+def test_find_inputs(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(photos)
 
     def found(*inputs, output_dir="out"):
-        return [name for _, name in edit_folder.find_images(list(inputs), Path(output_dir))]
+        return [name for _, name in edit_folder.find_inputs(list(inputs), Path(output_dir))]
 
     everything = ["a.png", "b.jpg", "d.png", "sub/a.png", "sub/deeper/c.webp"]
     assert found(".") == found("**/*") == everything

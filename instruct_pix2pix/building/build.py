@@ -40,7 +40,7 @@ from instruct_pix2pix.files import (
     write_json_lines,
     write_text,
 )
-from instruct_pix2pix.images import contact_sheet, encode_image, read_image
+from instruct_pix2pix.images import add_pixel_limit, contact_sheet, encode_image, read_image
 
 # A row group is what is held in memory and what is lost when a build is killed; a shard is one file.
 GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
@@ -73,6 +73,7 @@ def add_dataset_flags(parser, instructions: Path, what: str) -> None:
     add("--test_fraction", type=float, default=0.05, metavar="F", help="the same for the test split")
     add("--rows_per_shard", type=whole_number(1), default=500, metavar="N",
         help="at most so many rows in a parquet file; processes share the work by file")
+    add_pixel_limit(add)
     # fmt: on
 
 

@@ -11,10 +11,10 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
-from instruct_pix2pix.cli import UserError, first_line
-from instruct_pix2pix.images import SUFFIXES, encode_image, read_image, walk_images
+from instruct_pix2pix.cli import UserError, first_line, warn
+from instruct_pix2pix.data.pairing import SPLIT_NAMES
+from instruct_pix2pix.images import describe_others, encode_image, find_images, read_image
 
-SPLIT_NAMES = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 UNKNOWN_LICENCE = "unknown, see where they come from"
 
 
@@ -62,9 +62,11 @@ def find_photos(root: Path) -> Photos:
     """
     if not root.is_dir():
         raise UserError(f"--photos: {root}: no such folder; give a folder of images")
-    names = sorted(walk_images(root))
+    names, others = find_images(root)
     if not names:
-        raise UserError(f"--photos: {root}: no image at any depth (looked for {' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"--photos: {root}: no image at any depth, only {describe_others(others) or 'empty folders'}")
+    if others:
+        warn(f"--photos: {root}: left out what is no image: {describe_others(others)}")
     splits = []
     for name in names:
         parts = name.split("/")

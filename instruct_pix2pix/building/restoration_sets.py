@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from instruct_pix2pix.building.photos import SPLIT_NAMES, files_digest
+from instruct_pix2pix.building.photos import files_digest
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.images import walk_images
+from instruct_pix2pix.data.pairing import SPLIT_NAMES
+from instruct_pix2pix.images import find_images
 
 
 class Place(NamedTuple):
@@ -137,7 +138,7 @@ def find_pairs(name: str, root: Path) -> tuple[list[Pair], list[dict], str]:
         raise UserError(f"{flag}: {root}: no such folder; give the folder that holds {restoration_set.layouts}")
     sides: dict[str, dict[str, tuple[str, Place]]] = {"input": {}, "target": {}}
     used = []
-    for path in sorted(walk_images(root)):
+    for path in find_images(root)[0]:
         parts = path.lower().split("/")
         place = restoration_set.place(parts[:-1], parts[-1].rsplit(".", 1)[0])
         if place is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix.cli import UserError, first_line
-from instruct_pix2pix.images import walk_images
+from instruct_pix2pix.images import add_pixel_limit, find_images
 
 if TYPE_CHECKING:
     import datasets
@@ -54,6 +54,7 @@ def add_source_flags(group) -> None:
     add("--original_image_column", help="Column of the source image; found by name when left out.")
     add("--edit_prompt_column", help="Column of the instruction, a string or a list of wordings; found by name.")
     add("--edited_image_column", help="Column of the edited image; found by name when left out.")
+    add_pixel_limit(add)
 
 
 def source_of(args, *flags: str, **options) -> Source:
@@ -215,7 +216,7 @@ def _read_paired_folders(folder: Path, source: Source) -> dict[str, list]:
     for side in ("original", "edited"):
         if not (folder / side).is_dir():
             raise UserError(f"{source} has no folder {side}/ beside the other; pairs need original/ and edited/")
-        files = sorted(map(Path, walk_images(folder / side)))
+        files = [Path(name) for name in find_images(folder / side)[0]]
         sides[side] = {file.with_suffix("").as_posix(): str(folder / side / file) for file in files}
     alone = sorted(sides["original"].keys() ^ sides["edited"].keys())
     if alone:
