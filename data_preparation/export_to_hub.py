@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     from instruct_pix2pix.data.triples import load_triples
 
     for split in sorted({shard.name.split("-")[0] for shard in shards}):
-        load_triples(Source(str(folder), "FOLDER", split=split))  # what training could not use is said, not uploaded
+        # What training could not use is said, not uploaded.
+        load_triples(Source(str(folder), "FOLDER", split=split, on_bad_row="error"))
     api = HfApi()
     try:
         repo = api.create_repo(args.repo_id, repo_type="dataset", private=args.private or None, exist_ok=True)

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from instruct_pix2pix import editing
-from instruct_pix2pix.cli import Parser, UserError, run, whole_number
+from instruct_pix2pix.cli import Parser, RowError, UserError, run, whole_number
 from instruct_pix2pix.data.sources import add_source_flags, source_of
-from instruct_pix2pix.files import check_folder, write_bytes, write_json
+from instruct_pix2pix.files import check_folder, write_bytes, write_json, write_json_lines
 
 KINDS = ("identity", "identity_through_vae", "vae_ceiling", "model")
 # What metrics.json says about how the edits were made.
@@ -31,15 +31,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("model and data")
     add = data.add_argument
     add("--model", required=True, help="Folder or Hub id of an InstructPix2Pix pipeline.")
-    add("--dataset", required=True, help="Triples: anything that training takes as --dataset_name.")
-    add("--split", default="test", help="Split to edit; a folder or file without splits has the split train.")
+    add("--dataset", help="Triples: anything that training takes as --dataset_name.")
     add(
         "--wordings_from",
         metavar="SPLIT",
         help="Take each task's instructions from this split. The builders keep wordings for the test split that"
         " training never saw; with train, the same images are edited by the wordings it did see.",
     )
-    add_source_flags(data)
+    add_source_flags(data, split="test")
     add("--max_samples", type=whole_number(1), help="Edit only the first so many rows.")
     add("--output_dir", default="outputs/evaluation", help="Where metrics.json and comparison.png go.")
     edit = parser.add_argument_group("editing")
@@ -49,30 +48,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     editing.add_guidance_flags(edit)
     add("--batch_size", type=whole_number(1), default=8, help="Images per pass.")
     add("--seed", type=whole_number(0), default=0, help="Seed; every image has a generator of its own.")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    source_of(args, "--dataset")
+    return args
 
 
-def read_split(args) -> list[dict]:
-    """Rows as {"input": (R, R, 3) uint8, "target": the same, "instruction": str, "task": str}.
+def read_split(args) -> tuple[list[dict], list[dict]]:
+    """Rows as {"input": (R, R, 3) uint8, "target": the same, "instruction": str, "task": str}, and what was left out.
 
     The pixels are those of a training with --center_crop and without --random_flip. Raises UserError.
     """
     import numpy as np
 
     from instruct_pix2pix.data.geometry import crop_pair
-    from instruct_pix2pix.data.triples import instructions_of, load_triples, open_pair
+    from instruct_pix2pix.data.triples import load_triples, open_pair
 
-    source = source_of(args, "--dataset", split=args.split)
+    source = source_of(args, "--dataset")
     triples = load_triples(source, max_rows=args.max_samples)
     wordings = defaultdict(dict)  # of each task, in the order in which they come; a dict for want of an ordered set
     if args.wordings_from:
         others = load_triples(replace(source, split=args.wordings_from))
-        texts = others.rows.select_columns([others.edit_prompt])
         for index, task in zip(others.indices.tolist(), others.tasks(), strict=True):
-            wordings[task].update(dict.fromkeys(instructions_of(texts[index], others, index)))
+            if index not in others.bad:
+                wordings[task].update(dict.fromkeys(others.instructions(index)))
     rows = []
     for index, task in zip(triples.indices.tolist(), triples.tasks(), strict=True):
-        choice, *pair = open_pair(triples, index)
+        try:
+            choice, *pair = open_pair(triples, index)
+        except RowError as error:
+            if args.on_bad_row == "error":
+                raise
+            triples.leave_out([(error.row, error.reason)])
+            continue
         if args.wordings_from:
             choice = list(wordings[task])
             if not choice:
@@ -80,7 +87,9 @@ def read_split(args) -> list[dict]:
         unused = np.random.default_rng(0)  # nothing about this crop is drawn
         original, edited = crop_pair(*pair, args.resolution, "resize_crop", True, False, unused)
         rows.append({"input": original, "target": edited, "instruction": choice[index % len(choice)], "task": task})
-    return rows
+    if not rows:
+        raise UserError(f"{source}: none of {len(triples)} rows can be used; row {min(triples.bad.items())}")
+    return rows, triples.skipped()
 
 
 def edit(pipeline, triples: list[dict], args) -> None:
@@ -172,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     datasets.disable_progress_bars()  # one bar at a time, ours
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    triples = read_split(args)
+    triples, skipped = read_split(args)
     pipeline = editing.load_pipeline(args.model, "--model", safety_checker=None)
 
     started = time.perf_counter()
@@ -183,12 +192,15 @@ def main(argv: list[str] | None = None) -> None:
     if summary.is_file():
         trained = json.loads(summary.read_text(encoding="utf-8"))
         metrics |= {key: trained[key] for key in ("steps", "train_seconds", "images_per_update") if key in trained}
+    metrics["rows_left_out"] = len(skipped)
     metrics["settings"] = {key: getattr(args, key) for key in SETTINGS}
 
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_bytes(output_dir / "comparison.png", encode_image(comparison(triples), ".png"))
     write_json(output_dir / "metrics.json", metrics)
+    if skipped:
+        write_json_lines(output_dir / "skipped.jsonl", skipped)
     print_table(metrics)
     print(f"{output_dir}/comparison.png and {output_dir}/metrics.json written")
 

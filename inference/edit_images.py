@@ -5,10 +5,13 @@
     python inference/edit_images.py a.jpg "b/**/*.png" --instructions_file lines.txt --model_id MODEL \\
         --output_dir out
     python inference/edit_images.py --instructions_file pairs.jsonl --model_id MODEL --output_dir out
+    python inference/edit_images.py --dataset DATASET --split test --model_id MODEL --output_dir out
 
 Instructions: --instruction is one for every image. An --instructions_file that ends in .txt has one a line,
 each for every image; one that ends in .jsonl or .csv names its images itself, in rows with "image" (a path,
-relative to that file) and "instruction".
+relative to that file) and "instruction". A --dataset is anything that training reads: each row's source image
+is edited by the row's own instruction, or by --instruction. Images that lie inside its files are written to
+OUTPUT_DIR/inputs/ first.
 
 Outputs: each has its image's size, its name, and its place in the folder given. Several folders keep their
 own names, an image's several instructions get a folder each, and a.jpg beside a.png becomes a-jpg.png. The
@@ -31,6 +34,7 @@ import argparse
 import sys
 
 from instruct_pix2pix import cli, editing
+from instruct_pix2pix.data.sources import add_source_flags, source_of
 from instruct_pix2pix.edit_folder import CONTACT_SHEET, edit_folder
 
 
@@ -40,6 +44,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("inputs", nargs="*", help="files, folders (searched to any depth) or quoted globs")
     what.add_argument("--instruction", help="one instruction for all images")
     what.add_argument("--instructions_file", help="several: a .txt, or a .jsonl or .csv that names its images")
+    data = parser.add_argument_group("dataset", "instead of images and instructions")
+    data.add_argument("--dataset", help="triples: anything that training takes as --dataset_name")
+    add_source_flags(data, editing=True)
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", required=True, help="folder for the edited images, made if missing")
     output.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="file type of the outputs")
@@ -65,7 +72,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_intermixed_args(argv)
 
-    if (args.instruction is None) == (args.instructions_file is None):
+    if args.dataset or args.original_dir or args.edited_dir:
+        if args.inputs or args.instructions_file:
+            other = args.inputs[0] if args.inputs else "--instructions_file"
+            raise cli.UserError(f"--dataset: given beside {other}; a dataset names its images and instructions itself")
+        source_of(args, "--dataset")
+    elif (args.instruction is None) == (args.instructions_file is None):
         raise cli.UserError("--instruction: give either --instruction or --instructions_file")
     if args.instruction is not None and not args.instruction.strip():
         raise cli.UserError("--instruction: the text is empty; say what to do with the images")

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
-from instruct_pix2pix.cli import MemoryShortage, UserError, first_line, warn
+from instruct_pix2pix.cli import MemoryShortage, RowError, UserError, first_line, warn
+from instruct_pix2pix.data.sources import source_of
 from instruct_pix2pix.files import check_folder, file_sha256, write_bytes
 from instruct_pix2pix.images import (
     BadImage,
@@ -173,6 +174,8 @@ def folder_name(instruction: str) -> str:
 def plan(args) -> list[Edit]:
     """Every edit that the arguments ask for, in order."""
     output_dir = Path(args.output_dir)
+    if args.dataset or args.original_dir:
+        return plan_outputs(rows_to_edit(args), f".{args.format}")
     lines = [(None, args.instruction.strip())] if args.instruction else read_instructions(args.instructions_file)
     if lines[0][0] is not None:
         if args.inputs:
@@ -185,6 +188,43 @@ def plan(args) -> list[Edit]:
         images = find_inputs(args.inputs, output_dir)
         wanted = [(path, name, instruction) for _, instruction in lines for path, name in images]
     return plan_outputs(wanted, f".{args.format}")
+
+
+def rows_to_edit(args) -> list[tuple[Path, str, str]]:
+    """(image, name, instruction) of each row of a dataset of triples; a row's own instruction is one of its wordings.
+
+    Images that are kept inside a dataset's files are written to OUTPUT_DIR/inputs first. Rows that cannot be used are
+    left out with a warning, or raise RowError, as --on_bad_row says.
+    """
+    from PIL import Image
+
+    from instruct_pix2pix.data.triples import load_triples
+
+    triples = load_triples(source_of(args, "--dataset"))
+    inputs = Path(args.output_dir) / "inputs"
+    wanted = []
+    for index in triples.indices.tolist():
+        if index in triples.bad:
+            continue
+        try:
+            wordings = triples.instructions(index)
+            image = triples.files.image(triples.rows[index][triples.original_image])
+        except (RowError, BadImage) as error:
+            if args.on_bad_row == "error":
+                raise
+            warn(f"left out row {index}: {error}")
+            continue
+        name = f"{index:06d}"
+        if isinstance(image, bytes):
+            with Image.open(io.BytesIO(image)) as opened:
+                path = inputs / f"{name}.{opened.format.lower()}"
+            if not path.is_file() or path.read_bytes() != image:
+                inputs.mkdir(parents=True, exist_ok=True)
+                write_bytes(path, image)
+        else:
+            path, name = Path(image).resolve(), f"{name}-{Path(image).stem}"
+        wanted.append((path, name, wordings[index % len(wordings)]))
+    return wanted
 
 
 # What was done before.

@@ -10,6 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from instruct_pix2pix.images import PIXEL_LIMIT
+
 ROOT = Path(__file__).parent.parent
 
 # No test reaches the network; a test of the Hub talks to its own one on loopback, in a subprocess.
@@ -94,7 +96,7 @@ def small_run(base_models, pairs, tmp_path):
         output_dir = tmp_path / name
         defaults = {
             "pretrained_model_name_or_path": base_models[script],
-            "train_data_dir": None if "dataset_name" in flags else pairs,
+            "train_data_dir": None if {"dataset_name", "original_dir"} & flags.keys() else pairs,
             "output_dir": output_dir,
             "resolution": 64,
             "train_batch_size": 2,
@@ -118,6 +120,13 @@ def _exact_kernels(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)  # training with --compile turns it on
+
+
+@pytest.fixture(autouse=True)
+def _own_pixel_limit(monkeypatch):
+    """--max_image_pixels stays in the environment of a process, and here many runs share one."""
+    monkeypatch.setenv(PIXEL_LIMIT, "1")
+    monkeypatch.delenv(PIXEL_LIMIT)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,12 @@ def options(**changes) -> SimpleNamespace:
         "dataset_name": None,
         "dataset_config_name": None,
         "train_data_dir": None,
+        "original_dir": None,
+        "edited_dir": None,
+        "instruction": None,
+        "split": None,
+        "on_bad_row": "error",
+        "check_rows": "sample",
         "original_image_column": None,
         "edit_prompt_column": None,
         "edited_image_column": None,
@@ -39,7 +45,7 @@ def triples_of(args) -> Triples:
     """What training reads with these flags."""
     where = {"cache_dir": args.cache_dir, "token": args.hub_token}
     source = source_of(args, "--dataset_name", "--train_data_dir", **where)
-    return load_triples(source, args.seed, args.max_train_samples)
+    return load_triples(source, args.seed, args.max_train_samples, geometry=args.image_geometry)
 
 
 def samples_of(args, count: int = 4) -> list[dict]:
@@ -324,8 +330,10 @@ def test_sources_that_cannot_be_used(tmp_path, photos, pairs, cartoon_rows):
     assert "--dataset_name" in error_of(dataset_name=str(tmp_path / "empty"))
     assert "cannot be loaded" in error_of(dataset_name="nobody/nothing-of-the-kind")
 
-    datasets.DatasetDict({"validation": cartoon_rows}).save_to_disk(tmp_path / "no-train")
-    assert "no split named train, only validation" in error_of(dataset_name=str(tmp_path / "no-train"))
+    others = datasets.DatasetDict({"FreeForm_0": cartoon_rows, "FreeForm_1": cartoon_rows})
+    others.save_to_disk(tmp_path / "no-train")
+    message = error_of(dataset_name=str(tmp_path / "no-train"))
+    assert "no split named train, only FreeForm_0, FreeForm_1; choose one with --split" in message
     (tmp_path / "no-rows").mkdir()
     cartoon_rows.select([]).to_parquet(tmp_path / "no-rows" / "train.parquet")
     assert "is empty" in error_of(dataset_name=str(tmp_path / "no-rows"))
@@ -390,16 +398,6 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, photos):
     numbers = numbers.remove_columns("edit_prompt").rename_column("n", "edit_prompt")
     numbers.save_to_disk(tmp_path / "no-strings")
     assert "row 0, column edit_prompt: [1] is not an instruction" in error_of(dataset_name=str(tmp_path / "no-strings"))
-
-
-def test_an_address_in_a_column_is_refused_and_not_fetched_at_every_use(tmp_path):
-    address = "http://127.0.0.1:9/a.png"
-    rows = datasets.Dataset.from_dict(
-        {"original_image": [address], "edit_prompt": ["edit it"], "edited_image": [address]}
-    )
-    rows.to_parquet(tmp_path / "data" / "train.parquet")
-    with pytest.raises(RowError, match=f"row 0, column original_image: .*{address} is an address"):
-        load_triples(Source(str(tmp_path / "data"), "--dataset_name"))
 
 
 def test_a_truncated_image_is_named_when_it_is_decoded_and_takes_its_batchs_place(tmp_path, photos):

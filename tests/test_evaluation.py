@@ -61,7 +61,7 @@ def dataset(tmp_path, photos):
 
 
 def read(folder, *flags) -> list[dict]:
-    return evaluate.read_split(evaluate.parse_args(["--model=m", f"--dataset={folder}", "--resolution=64", *flags]))
+    return evaluate.read_split(evaluate.parse_args(["--model=m", f"--dataset={folder}", "--resolution=64", *flags]))[0]
 
 
 def one_pair(folder, original, edited):

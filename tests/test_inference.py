@@ -561,7 +561,9 @@ def test_a_failing_compiler_loses_no_edit(edited, model, photos, tmp_path, fresh
     command = [photos, "--instruction", "Cartoonize the image", "--output_dir", tmp_path / "out", "--batch_size", 3]
     edit(model, *command, "--compile")
     said = capsys.readouterr()
-    assert warnings(said) == ["--compile: no such thing; editing goes on without it"]
+    not_image, not_compiled = warnings(said)
+    assert not_image == "left out what is no image: 1 .txt"
+    assert not_compiled == "--compile: no such thing; editing goes on without it"
     assert "5 edited, 0 there before, 0 images left out" in said.out
     for name in OUTPUTS:
         assert np.array_equal(pixels(tmp_path / "out" / name), pixels(edited / name))

@@ -31,7 +31,7 @@ def small_files(monkeypatch):
 def built(monkeypatch) -> list[str]:
     """Names of the cache's files as they are written."""
     names, write = [], latent_cache._write
-    monkeypatch.setattr(latent_cache, "_write", lambda path, t: names.append(path.name) or write(path, t))
+    monkeypatch.setattr(latent_cache, "_write", lambda path, *content: names.append(path.name) or write(path, *content))
     return names
 
 
@@ -252,7 +252,7 @@ def test_a_folder_that_holds_something_else_is_refused(small_run, tmp_path):
     flags = {"max_train_steps": 1, "cache_latents": True, "cache_dir": tmp_path / "shared", **FIXED}
     small_run(name="a", **flags)
     manifest = only_cache(tmp_path / "shared") / "cache.json"
-    manifest.write_text(manifest.read_text().replace('"layout": 1', '"layout": 0'))
+    manifest.write_text(manifest.read_text().replace('"layout": 2', '"layout": 0'))
     with pytest.raises(UserError, match="latent-cache-.* is not the cache its name says; move or delete it"):
         small_run(name="b", **flags)
 
@@ -270,7 +270,7 @@ def test_a_row_that_cannot_be_used_is_named_by_the_build(small_run, pairs, tmp_p
     file = broken / "edited" / "6.png"
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(RowError, match="row 6, column edited_image: cannot be decoded"):
-        small_run(train_data_dir=broken, cache_latents=True, **FIXED)
+        small_run(train_data_dir=broken, cache_latents=True, on_bad_row="error", **FIXED)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -23,7 +23,8 @@ FLAGS = """
     push_to_hub hub_token hub_model_id hub_private_repo logging_dir mixed_precision report_to local_rank
     checkpointing_steps checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
     image_geometry cache_latents cached_crops max_micro_batch_size compile dry_run lr_num_cycles lr_power
-    guidance_scale image_guidance_scale max_image_pixels
+    guidance_scale image_guidance_scale max_image_pixels original_dir edited_dir instruction split validation_split
+    on_bad_row check_rows
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {

@@ -18,7 +18,8 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
 from instruct_pix2pix.building.generic_edits import EDITS, FUNCTIONS, RESTORATIONS, WORDINGS
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.data.sources import Source, find_rows
+from instruct_pix2pix.data.rows import find_rows
+from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.metrics import psnr
 from instruct_pix2pix.models.sd import widen_conv_in
 from instruct_pix2pix.models.tiny import VOCABULARY, build_tiny_pipeline, build_tokenizer, save_pipeline
@@ -234,9 +235,9 @@ def build_edits(folder: Path, photos: Path, *flags: str) -> Path:
 def test_generic_edits_are_pairs_that_training_reads(tmp_path):
     whole = ("--validation_fraction", "0", "--test_fraction", "0", "--keep_share", "0.25")
     dataset = build_edits(tmp_path / "edits", make_photos(tmp_path / "photos", 8, side=96), *whole)
-    rows, columns = find_rows(Source(str(dataset), "--dataset_name"))
-    assert len(rows) == 120
-    assert columns == {name: name for name in ("original_image", "edit_prompt", "edited_image")}
+    found = find_rows(Source(str(dataset), "--dataset_name"))
+    assert len(found.table) == 120
+    assert found.columns == {name: name for name in ("original_image", "edit_prompt", "edited_image")}
     tasks = set()
     for row in read_rows(dataset, "train"):
         source, target = pixels(row["original_image"]), pixels(row["edited_image"])

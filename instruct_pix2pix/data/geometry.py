@@ -47,15 +47,18 @@ def fit_photo(photo: np.ndarray, max_short_side: int = WHITEBOX_SHORT_SIDE) -> n
     return photo[:height, :width]
 
 
-def alignment(original_size: tuple[int, int], edited_size: tuple[int, int]) -> str:
-    """How a pair of sizes (width, height) fits together: same, whitebox (scaled and cut by that script) or resized.
+def alignment(original_size: tuple[int, int], edited_size: tuple[int, int], geometry: str = "resize_crop") -> str:
+    """How a pair of sizes (width, height) fits together: same, whitebox (scaled and cut by that script) or resized; of
+    other sizes, squash takes each by itself.
 
-    Raises ValueError where the aspect ratios differ by more than 2% and the White-box crop does not explain it.
+    Raises ValueError where the aspect ratios differ by more than 2% and nothing of that explains it.
     """
     if original_size == edited_size:
         return "same"
     if edited_size == whitebox_size(*original_size)[1]:
         return "whitebox"
+    if geometry == "squash":
+        return "squash"
     ratio = (original_size[0] / original_size[1]) / (edited_size[0] / edited_size[1])
     if max(ratio, 1 / ratio) > 1 + ASPECT_TOLERANCE:
         raise ValueError(
@@ -65,13 +68,13 @@ def alignment(original_size: tuple[int, int], edited_size: tuple[int, int]) -> s
     return "resized"
 
 
-def align_original(original: Image.Image, edited_size: tuple[int, int]) -> Image.Image:
-    """The original brought to the edited image's size. The edited image is the training target and is never
-    resampled here. Raises ValueError as `alignment` does."""
+def align_original(original: Image.Image, edited_size: tuple[int, int], geometry: str = "resize_crop") -> Image.Image:
+    """The original brought to the edited image's size, or left to squash. The edited image is the training target and
+    is never resampled here. Raises ValueError as `alignment` does."""
     import numpy as np
     from PIL import Image
 
-    kind = alignment(original.size, edited_size)
+    kind = alignment(original.size, edited_size, geometry)
     if kind == "resized":
         return original.resize(edited_size, Image.Resampling.BICUBIC)
     if kind == "whitebox":
@@ -88,15 +91,16 @@ def crop_pair(
     random_flip: bool,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two aligned RGB images of equal size to two uint8 arrays (resolution, resolution, 3).
+    """Two aligned RGB images to two uint8 arrays (resolution, resolution, 3).
 
-    resize_crop scales the short side to `resolution` and crops; crop cuts at native resolution and enlarges only
-    a pair that is too small; squash ignores the aspect ratio. Place and mirroring are drawn once, for both.
+    resize_crop scales the short side to `resolution` and crops; crop cuts at native resolution and enlarges only a pair
+    that is too small; squash, where the two sizes may differ, brings each image to the square by itself. Place and
+    mirroring are drawn once, for both.
     """
     import numpy as np
     from PIL import Image
 
-    assert original.size == edited.size, "align_original comes first"
+    assert original.size == edited.size or geometry == "squash", "align_original comes first"
     # All three numbers are always drawn, so that one flag does not shift the others' draws.
     across, down, mirror = rng.random(3)
     width, height = edited.size

@@ -2,7 +2,8 @@
 
 latent-cache-<fingerprint>/
     cache.json                  what the cache was made of
-    moments-<n>.safetensors     ROWS_PER_FILE rows: original_mean, edited_mean, edited_logvar, each (rows, V, C, h, w)
+    moments-<n>.safetensors     ROWS_PER_FILE rows: original_mean, edited_mean, edited_logvar, each (rows, V, C, h, w);
+                                zeros for a row that cannot be used, which the file's metadata names
     text-<n>.safetensors        TEXTS_PER_FILE instructions: embedding (texts, L, D)
 
 The V variants of a row are its crops times its orientations. A mirrored picture is encoded, not a picture's latents
@@ -31,13 +32,16 @@ from tqdm.auto import tqdm
 from instruct_pix2pix.cli import RowError, UserError
 from instruct_pix2pix.data.geometry import crop_is_fixed, crop_pair
 from instruct_pix2pix.data.order import SampleOrder, stream
-from instruct_pix2pix.data.triples import Triples, diffusion_draws, instructions_of, open_pair, to_unit_range
+from instruct_pix2pix.data.rows import Files
+from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, open_pair, to_unit_range
 from instruct_pix2pix.files import fingerprint, write_json, written_whole
+from instruct_pix2pix.images import BadImage, pixel_limit
 from instruct_pix2pix.models.sd import PIXELS_PER_PASS, encode_text, tokenize
 
 logger = logging.getLogger(__name__)
 
-LAYOUT = 1  # raised when the files or the way their numbers are made change
+LAYOUT = 2  # raised when the files or the way their numbers are made change
+BAD_ROWS = "rows that cannot be used"  # [[place, reason], ...] in a file's metadata
 ROWS_PER_FILE = 256
 TEXTS_PER_FILE = 512
 SHARE_OF_DEVICE = 0.1  # a cache no larger than this share of a GPU's memory is kept there
@@ -58,8 +62,16 @@ def num_variants(args) -> int:
 class LatentCache:
     """The tables, memory-mapped from disk, or on the training device where they fit."""
 
-    def __init__(self, moments: list[dict], texts: list[dict], scaling_factor: float, wordings: list[list[int]]):
+    def __init__(
+        self,
+        moments: list[dict],
+        texts: list[dict],
+        scaling_factor: float,
+        wordings: list[list[int]],
+        bad: dict[int, str],
+    ):
         self.scaling_factor = scaling_factor
+        self.bad = bad  # places of rows that cannot be used -> why
         self.wordings = wordings  # of each row, as places in the table of texts
         self.files = {name: [file[name] for file in moments] for name in moments[0]}
         self.files["embedding"] = [file["embedding"] for file in texts]
@@ -93,18 +105,18 @@ class LatentCache:
 
 
 class CachedTriples(torch.utils.data.Dataset):
-    """The sample stream of dataset.TripleDataset with places in the cache (row, variant, text) instead of pixels and
+    """The sample stream of triples.TripleDataset with places in the cache (row, variant, text) instead of pixels and
     instruction. Epoch e takes the crop number e modulo --cached_crops; all else is drawn as ever."""
 
     def __init__(self, cache: LatentCache, triples: Triples, args, latent_shape, num_timesteps: int):
-        self.args, self.indices, self.wordings = args, triples.indices, cache.wordings
+        self.args, self.triples, self.wordings, self.bad = args, triples, cache.wordings, cache.bad
         self.latent_shape, self.num_timesteps = latent_shape, num_timesteps
         self.order = SampleOrder(len(triples), args.seed)
 
     def __getitem__(self, position: int) -> dict:
         args = self.args
-        epoch, index = self.order.locate(position)
-        row_index = int(self.indices[index])
+        epoch, index, skipped = first_usable(self.triples, self.order, position, self.bad.get)
+        row_index = int(self.triples.indices[index])
         _, _, mirror = stream(args.seed, "augmentation", epoch, row_index).random(3)
         variant = epoch % (args.cached_crops or 1)
         if args.random_flip:
@@ -115,12 +127,14 @@ class CachedTriples(torch.utils.data.Dataset):
             "row": torch.tensor(index),
             "variant": torch.tensor(variant),
             "text": torch.tensor(wordings[wording]),
+            "skipped": skipped,
             **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),
         }
 
 
 class RowVariants(torch.utils.data.Dataset):
-    """Row -> its variants, original and edited, uint8 (V, 3, R, R) each; a RowError for a row that cannot be used."""
+    """Row -> its variants, original and edited, uint8 (V, 3, R, R) each, and None; for a row that cannot be used, black
+    ones and the reason, or where that is an error, a RowError."""
 
     def __init__(self, triples: Triples, args):
         self.triples, self.args = triples, args
@@ -130,14 +144,17 @@ class RowVariants(torch.utils.data.Dataset):
         try:
             _, *pair = open_pair(self.triples, row_index)
         except RowError as error:
-            return error
+            if self.triples.on_bad_row == "error":
+                return error
+            blank = torch.zeros(num_variants(args), 3, args.resolution, args.resolution, dtype=torch.uint8)
+            return blank, blank, error.reason
         sides = ([], [])
         for crop in range(args.cached_crops or 1):
             rng = stream(args.seed, "augmentation", crop, row_index)
             cut = crop_pair(*pair, args.resolution, args.image_geometry, args.center_crop, False, rng)
             for side, pixels in zip(sides, cut, strict=True):
                 side.extend([pixels, pixels[:, ::-1]] if args.random_flip else [pixels])
-        return tuple(torch.from_numpy(np.stack(side).transpose(0, 3, 1, 2).copy()) for side in sides)
+        return *(torch.from_numpy(np.stack(side).transpose(0, 3, 1, 2).copy()) for side in sides), None
 
 
 def open_cache(args, accelerator, triples: Triples, tokenizer, text_encoder, vae) -> LatentCache:
@@ -148,6 +165,7 @@ def open_cache(args, accelerator, triples: Triples, tokenizer, text_encoder, vae
     """
     main = accelerator.is_main_process
     instructions, wordings = _list_instructions(triples)
+    without = {place: triples.bad[int(row)] for place, row in enumerate(triples.indices) if not wordings[place]}
     ids = tokenize(tokenizer, instructions)
     side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     moment = (num_variants(args), vae.config.latent_channels, side, side)
@@ -174,7 +192,9 @@ def open_cache(args, accelerator, triples: Triples, tokenizer, text_encoder, vae
     if unseen:
         raise UserError(f"--cache_dir: {unseen[0]} of {folder} is not visible here; all processes need one folder")
     tables = {kind: [load_file(path) for path in files if path.name.startswith(kind)] for kind in ("moments", "text")}
-    cache = LatentCache(tables["moments"], tables["text"], vae.config.scaling_factor, wordings)
+    bad = without | {place: why for path in files if path.name.startswith("moments") for place, why in _bad_in(path)}
+    triples.leave_out((int(triples.indices[place]), why) for place, why in sorted(bad.items()))
+    cache = LatentCache(tables["moments"], tables["text"], vae.config.scaling_factor, wordings, bad)
     cache.keep_on(accelerator.device)
     return cache
 
@@ -183,11 +203,16 @@ def open_cache(args, accelerator, triples: Triples, tokenizer, text_encoder, vae
 
 
 def _list_instructions(triples: Triples) -> tuple[list[str], list[list[int]]]:
-    """The distinct instructions, and for each row the places of its wordings among them."""
+    """The distinct instructions, and for each row the places of its wordings among them, none if it has no usable."""
     places, wordings = {}, []
-    column = triples.rows.select_columns([triples.edit_prompt])
     for index in triples.indices:
-        texts = instructions_of(column[int(index)], triples, int(index))
+        try:
+            texts = triples.instructions(int(index))
+        except RowError as error:
+            if triples.on_bad_row == "error":
+                raise
+            triples.leave_out([(error.row, error.reason)])
+            texts = []
         wordings.append([places.setdefault(text, len(places)) for text in texts])
     return list(places), wordings
 
@@ -199,11 +224,12 @@ def _describe_content(args, triples, instructions, ids, text_encoder, vae, accel
     for index in tqdm(triples.indices, leave=False, **bar):
         row = triples.rows[int(index)]
         for column in (triples.original_image, triples.edited_image):
-            data.update(hashlib.blake2b(_image_bytes(row[column]), digest_size=16).digest())
+            data.update(hashlib.blake2b(_image_bytes(triples.files, row[column]), digest_size=16).digest())
     geometry = ("resolution", "image_geometry", "center_crop", "random_flip")
     return {
         "layout": LAYOUT,
         "images": data.hexdigest(),
+        "most pixels of an image": pixel_limit(),
         "instructions": fingerprint([instructions, ids.tolist()]),
         "geometry": {**{name: getattr(args, name) for name in geometry}, "crops": args.cached_crops or 1},
         "seed of the crops": None
@@ -215,10 +241,11 @@ def _describe_content(args, triples, instructions, ids, text_encoder, vae, accel
     }
 
 
-def _image_bytes(cell: dict | None) -> bytes:
+def _image_bytes(files: Files, cell) -> bytes:
     try:
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
-    except (OSError, TypeError):  # not there: the build will name the row
+        image = files.image(cell)
+        return image if isinstance(image, bytes) else Path(image).read_bytes()
+    except (OSError, BadImage):  # not there: the build will name the row
         return b""
 
 
@@ -299,10 +326,16 @@ def _is_whole(path: Path, rows: range, shapes: dict[str, tuple], dtype: torch.dt
         return False
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _bad_in(path: Path) -> list[tuple[int, str]]:
+    """The places of rows that cannot be used in a file of moments, each with the reason."""
+    with safe_open(path, "pt") as file:
+        return [(place, why) for place, why in json.loads((file.metadata() or {}).get(BAD_ROWS, "[]"))]
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
     try:
         with written_whole(path) as partial:
-            save_file(tensors, partial)
+            save_file(tensors, partial, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"--cache_latents: {path} cannot be written ({error}); make room and start again") from error
 
@@ -340,11 +373,15 @@ def _build_moments(paths: list[Path], files: dict[Path, dict], args, accelerator
     with tqdm(total=total, desc="Encoding images", unit="pair", disable=disable) as progress:
         for path in paths:
             parts = {name: [] for name in files[path]["shapes"]}
+            bad, place = [], files[path]["rows"].start
             while sum(map(len, parts["edited_mean"])) < len(files[path]["rows"]):
                 rows = next(loader)
                 for row in rows:
                     if isinstance(row, RowError):
                         raise row
+                    if row[2] is not None:
+                        bad.append((place, row[2]))
+                    place += 1
                 original, edited = (torch.cat([row[side] for row in rows]) for side in (0, 1))
                 encoded = [
                     _encode(vae, *part)
@@ -353,7 +390,8 @@ def _build_moments(paths: list[Path], files: dict[Path, dict], args, accelerator
                 for name, pieces in zip(parts, zip(*encoded, strict=True), strict=True):
                     parts[name].append(torch.cat(pieces).unflatten(0, (-1, variants)))
                 progress.update(len(rows))
-            _write(path, {name: torch.cat(pieces) for name, pieces in parts.items()})
+            metadata = {BAD_ROWS: json.dumps(bad)} if bad else None
+            _write(path, {name: torch.cat(pieces) for name, pieces in parts.items()}, metadata)
 
 
 def _encode(vae, original: torch.Tensor, edited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

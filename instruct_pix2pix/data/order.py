@@ -5,6 +5,8 @@ arithmetic, validation cannot change training, a change of workers or processes 
 two ranks share a draw, since no two ranks share a position.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 # The numbers are part of every run's identity: append, never renumber.
@@ -16,7 +18,9 @@ STREAMS = {
     "dropout": 4,
     "validation": 5,
     "subset": 6,
+    "substitute": 7,
 }
+SUBSTITUTES = 1000  # rows that are tried in the place of one that cannot be used
 
 
 def stream(seed: int, name: str, *position: int) -> np.random.Generator:
@@ -44,6 +48,18 @@ class SampleOrder:
                 stream(self.seed, "order", epoch).permutation(self.num_rows),
             )
         return epoch, int(self._permutation[index])
+
+    def candidates(self, position: int) -> Iterator[tuple[int, int]]:
+        """(epoch, row) at a position, and then the rows to stand in for it, in turn, where it cannot be used.
+
+        They are drawn by the position alone, so what is trained on does not depend on when a row was found out, nor by
+        whom: resumed, on more processes or from a latent cache, a run sees the same.
+        """
+        epoch, row = self.locate(position)
+        yield epoch, row
+        draws = stream(self.seed, "substitute", position)
+        for _ in range(SUBSTITUTES):
+            yield epoch, int(draws.integers(self.num_rows))
 
 
 def window_positions(

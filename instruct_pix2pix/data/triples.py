@@ -5,7 +5,11 @@ sample stream into pixels, text and the random numbers that belong to this posit
 """
 
 import logging
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import datasets
 import numpy as np
@@ -13,41 +17,68 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instruct_pix2pix.cli import RowError
+from instruct_pix2pix.cli import RowError, UserError
 from instruct_pix2pix.data.geometry import align_original, alignment, crop_pair
 from instruct_pix2pix.data.order import SampleOrder, stream
-from instruct_pix2pix.data.sources import TASK_COLUMN, Source, find_rows
-from instruct_pix2pix.images import BadImage, image_size, is_url, read_image
+from instruct_pix2pix.data.rows import Files, find_rows
+from instruct_pix2pix.data.sources import COLUMN_NAMES, TASK_COLUMN, Source
+from instruct_pix2pix.images import BadImage, image_size, read_image
 
 logger = logging.getLogger(__name__)
 
 # Rows whose sizes and instructions are looked at before training; a larger dataset is sampled evenly.
 ROWS_CHECKED = 10_000
+ROWS_NAMED = 5  # of those that are found at once and cannot be used
 
 
 @dataclass
 class Triples:
-    """Checked rows. `rows` is a datasets.Dataset of the three columns named, images undecoded, and a `task` if there is
-    one; `indices` (N,) are the rows in use; `source` is how messages call it."""
+    """Checked rows. `rows` is a datasets.Dataset of the columns named, images undecoded, and a `task` if there is one;
+    `indices` (N,) are the rows in use, those that cannot be used among them; `source` is how messages call it."""
 
     rows: datasets.Dataset
     indices: np.ndarray
     original_image: str
-    edit_prompt: str
     edited_image: str
+    edit_prompt: str | None  # None where `wordings` are every row's
+    wordings: list[str] | None
+    files: Files
     source: str
+    on_bad_row: str  # skip or error
+    geometry: str
+    counts: dict[str, int]  # of the files that a local layout found
+    left_out: list[dict]  # {"file", "reason"} of files that became no row
+    bad: dict[int, str] = field(default_factory=dict)  # rows found so far that cannot be used -> why
+
+    def __post_init__(self):
+        self._texts = None if self.edit_prompt is None else self.rows.select_columns([self.edit_prompt])
+        feature = self.rows.features.get(self.edit_prompt)
+        self._classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
 
     def __len__(self) -> int:
         return len(self.indices)
 
+    def instructions(self, index: int) -> list[str]:
+        """The wordings of a row: its string, its list of strings, or its class's name. Raises RowError for others."""
+        if self.wordings is not None:
+            return self.wordings
+        value = self._texts[index][self.edit_prompt]
+        if self._classes is not None and value is not None:
+            return [self._classes[value]]
+        wordings = value if isinstance(value, list) else [value]
+        if not wordings or not all(isinstance(wording, str) for wording in wordings):
+            raise self.row_error(index, self.edit_prompt, f"{value!r} is not an instruction; it must be a string")
+        if not all(wording.strip() for wording in wordings):
+            raise self.row_error(index, self.edit_prompt, "the instruction is empty")
+        return wordings
+
     def distinct_instructions(self, most: int = ROWS_CHECKED) -> list[str]:
         """The instructions of at most `most` rows, evenly chosen, each once."""
         chosen = self.indices[np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)]
-        column = self.rows.select_columns([self.edit_prompt])
-        return list(dict.fromkeys(text for i in chosen for text in instructions_of(column[int(i)], self, int(i))))
+        return list(dict.fromkeys(text for i in chosen if int(i) not in self.bad for text in self.instructions(int(i))))
 
     def first_instruction(self) -> str:
-        return instructions_of(self.rows[int(self.indices[0])], self, int(self.indices[0]))[0]
+        return self.instructions(next(int(index) for index in self.indices if int(index) not in self.bad))[0]
 
     def tasks(self) -> list[str]:
         """The task of each row in use; "all" for rows that name none."""
@@ -55,73 +86,118 @@ class Triples:
             return ["all"] * len(self)
         return [task or "all" for task in self.rows.select_columns([TASK_COLUMN])[self.indices][TASK_COLUMN]]
 
+    def row_error(self, index: int, column: str, problem: str) -> RowError:
+        error = RowError(f"{self.source}: row {index}, column {column}: {problem}")
+        error.row, error.reason = int(index), f"column {column}: {problem}"
+        return error
+
+    def leave_out(self, found: Iterable[tuple[int, str]]) -> None:
+        """Note rows that cannot be used, each with the reason, and say so of those not known yet."""
+        new = {index: reason for index, reason in found if index not in self.bad}
+        self.bad |= new
+        for index in list(new)[:ROWS_NAMED]:
+            logger.warning("%s: row %d is left out: %s", self.source, index, new[index])
+        if len(new) > ROWS_NAMED:
+            logger.warning("%s: and %d more rows", self.source, len(new) - ROWS_NAMED)
+
+    def known_reason(self, place: int) -> str | None:
+        """Why the row at a place in `indices` cannot be used, as far as is known."""
+        return self.bad.get(int(self.indices[place]))
+
+    def skipped(self) -> list[dict]:
+        """What was left out, for a list: files that made no row, then rows."""
+        return self.left_out + [{"row": index, "reason": reason} for index, reason in sorted(self.bad.items())]
+
 
 def load_triples(
-    source: Source, seed: int | None = None, max_rows: int | None = None, show_progress: bool = True
+    source: Source,
+    seed: int | None = None,
+    max_rows: int | None = None,
+    show_progress: bool = True,
+    geometry: str = "resize_crop",
 ) -> Triples:
-    """Find rows and columns, and check sizes and instructions. Raises UserError naming flag, row and column.
+    """Find rows and columns, fetch what they name by address, and check sizes and instructions.
 
-    At most `max_rows` rows are used: drawn with `seed`, or the first ones without a seed.
+    At most `max_rows` rows are used: drawn with `seed`, or the first ones without a seed. Raises UserError naming flag,
+    row and column; of rows that cannot be used only where the source says so, or where most are of that kind.
     """
-    rows, columns = find_rows(source)
-    indices = np.arange(len(rows))
-    if max_rows is not None and max_rows < len(rows):
+    found = find_rows(source)
+    indices = np.arange(len(found.table))
+    if max_rows is not None and max_rows < len(indices):
         if seed is not None:
-            indices = stream(seed, "subset").permutation(len(rows))
+            indices = stream(seed, "subset").permutation(len(indices))
         indices = np.sort(indices[:max_rows])
-    triples = Triples(rows, indices, **columns, source=str(source))
-    _check_rows(triples, show_progress)
+    columns = {role: found.columns.get(role) for role in COLUMN_NAMES}
+    about = {"source": str(source), "on_bad_row": source.on_bad_row, "geometry": geometry}
+    about |= {"counts": found.counts, "left_out": found.left_out, "files": found.files}
+    triples = Triples(found.table, indices, **columns, wordings=found.wordings, **about)
+    if triples.left_out and show_progress:
+        first = "{file} ({reason})".format(**triples.left_out[0])
+        logger.warning("%s: %d file(s) make no row, the first %s", source, len(triples.left_out), first)
+    _fetch_images(triples, show_progress)
+    _check_rows(triples, show_progress, source.check_all)
     return triples
 
 
 # ---- rows
 
 
-def image_source(cell: dict | None) -> bytes | str:
-    """What an undecoded cell ({'bytes', 'path'}) holds, for images.read_image. Raises BadImage where it is empty, or an
-    address, which would be fetched anew at every use."""
-    if not cell or (cell["bytes"] is None and not cell["path"]):
-        raise BadImage("no image")
-    if cell["bytes"] is None and is_url(cell["path"]):
-        raise BadImage(f"{cell['path']} is an address; download it and name the file")
-    return cell["bytes"] if cell["bytes"] is not None else cell["path"]
+def _fetch_images(triples: Triples, show_progress: bool) -> None:
+    for column in dict.fromkeys((triples.original_image, triples.edited_image)):
+        cells = triples.rows.select_columns([column])
+        first = cells[int(triples.indices[0])][column]
+        first = first[0] if isinstance(first, list) and first else first
+        if not first or first["bytes"] is None:  # else pixels are in the table, and to look through it takes long
+            triples.files.fetch_all((cells[int(index)][column] for index in triples.indices), show_progress)
 
 
-def _check_rows(triples: Triples, show_progress: bool) -> None:
-    """Look at headers, sizes and instructions before any weights load; pixels are decoded when they are needed."""
-    count = min(len(triples), ROWS_CHECKED)
+def _check_rows(triples: Triples, show_progress: bool, check_all: bool) -> None:
+    """Look at headers, sizes and instructions before any weights load, or at the pixels of all rows."""
+    count = len(triples) if check_all else min(len(triples), ROWS_CHECKED)
     chosen = triples.indices[np.linspace(0, len(triples) - 1, count).astype(int)]
-    kinds = {"same": 0, "whitebox": 0, "resized": 0}
-    for index in tqdm(chosen, desc="Checking pairs", unit="pair", disable=not show_progress, leave=False):
-        row = triples.rows[int(index)]
-        instructions_of(row, triples, int(index))
-        sizes = []
-        for column in (triples.original_image, triples.edited_image):
-            try:
-                sizes.append(image_size(image_source(row[column])))
-            except BadImage as error:
-                raise _row_error(triples, index, column, f"not a readable image ({error})") from error
+    kinds: Counter[str] = Counter()
+    errors: list[RowError] = []
+
+    def look(index) -> str | RowError:
         try:
-            kinds[alignment(*sizes)] += 1
-        except ValueError as error:
-            raise _row_error(triples, index, triples.edited_image, str(error)) from error
+            if check_all:
+                open_pair(triples, int(index))
+            return _look_at_headers(triples, int(index))
+        except RowError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count() if check_all else 1) as pool:  # Pillow decodes without Python's lock
+        bar = {"total": count, "desc": "Checking pairs", "unit": "pair", "leave": False}
+        for found in tqdm(pool.map(look, chosen), **bar, disable=not show_progress):
+            if not isinstance(found, RowError):
+                kinds[found] += 1
+            elif triples.on_bad_row == "error":
+                pool.shutdown(cancel_futures=True)
+                raise found
+            else:
+                errors.append(found)
+    if 2 * len(errors) > count:
+        raise UserError(f"{errors[0]}; {len(errors)} of {count} rows cannot be used: is this the right dataset?")
+    triples.leave_out((error.row, error.reason) for error in errors)
     if kinds["whitebox"] and show_progress:
         logger.info("%d of %d originals are cut the way their cartoons were", kinds["whitebox"], count)
     if kinds["resized"] and show_progress:
         logger.warning("%d of %d originals are resized to the size of their edited image", kinds["resized"], count)
 
 
-def instructions_of(row: dict, triples: Triples, index: int) -> list[str]:
-    """The wordings of a row: its string, or its list of strings. Raises RowError for anything else."""
-    value = row[triples.edit_prompt]
-    wordings = value if isinstance(value, list) else [value]
-    if not wordings or not all(isinstance(wording, str) for wording in wordings):
-        raise _row_error(triples, index, triples.edit_prompt, f"{value!r} is not an instruction; it must be a string")
-    return wordings
-
-
-def _row_error(triples: Triples, index: int, column: str, problem: str) -> RowError:
-    return RowError(f"{triples.source}: row {index}, column {column}: {problem}")
+def _look_at_headers(triples: Triples, index: int) -> str:
+    """How a row's two images fit together, see geometry.alignment. Raises RowError."""
+    triples.instructions(index)
+    row, sizes = triples.rows[index], []
+    for column in (triples.original_image, triples.edited_image):
+        try:
+            sizes.append(image_size(triples.files.image(row[column])))
+        except BadImage as error:
+            raise triples.row_error(index, column, f"not a readable image ({error})") from error
+    try:
+        return alignment(*sizes, triples.geometry)
+    except ValueError as error:
+        raise triples.row_error(index, triples.edited_image, str(error)) from error
 
 
 # ---- samples
@@ -138,23 +214,37 @@ class TripleDataset(torch.utils.data.Dataset):
         timestep            int     [0, T)
         dropout             float   [0, 1)      decides the conditioning dropout
 
-    A row that cannot be used comes back as a RowError instead of being raised, so that it crosses from a loader
-    process in one piece.
+        skipped             list of (row, reason)  that could not be used in its place
+
+    Where rows that cannot be used are an error, one comes back as a RowError instead of being raised, so that it
+    crosses from a loader process in one piece.
     """
 
     def __init__(self, triples: Triples, args, latent_shape: tuple[int, int, int], num_timesteps: int):
         self.triples, self.args = triples, args
         self.latent_shape, self.num_timesteps = latent_shape, num_timesteps
         self.order = SampleOrder(len(triples), args.seed)
+        self.bad = dict(triples.bad)  # not decoded again; its own, so that what is found here is news to the trainer
 
     def __getitem__(self, position: int) -> dict | RowError:
         args, triples = self.args, self.triples
-        epoch, index = self.order.locate(position)
-        row_index = int(triples.indices[index])
+
+        def reason(index: int) -> str | None:
+            row_index = int(triples.indices[index])
+            if row_index not in self.bad:
+                try:
+                    opened.append(open_pair(triples, row_index))
+                except RowError as error:
+                    self.bad[row_index] = error.reason
+            return self.bad.get(row_index)
+
+        opened: list[tuple] = []
         try:
-            wordings, original, edited = open_pair(triples, row_index)
+            epoch, index, skipped = first_usable(triples, self.order, position, reason)
         except RowError as error:
             return error
+        row_index = int(triples.indices[index])
+        [(wordings, original, edited)] = opened
         original, edited = crop_pair(
             original,
             edited,
@@ -169,28 +259,43 @@ class TripleDataset(torch.utils.data.Dataset):
             "original": torch.from_numpy(np.ascontiguousarray(original.transpose(2, 0, 1))),
             "edited": torch.from_numpy(np.ascontiguousarray(edited.transpose(2, 0, 1))),
             "instruction": wordings[wording],
+            "skipped": skipped,
             **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),
         }
 
 
-def open_pair(triples: Triples, row_index: int) -> tuple[list[str], Image.Image, Image.Image]:
-    """Wordings, original and edited image of a row: RGB, the original brought to the edited image's size.
+def first_usable(
+    triples: Triples, order: SampleOrder, position: int, reason: Callable[[int], str | None]
+) -> tuple[int, int, list[tuple[int, str]]]:
+    """(epoch, place in `indices`) of the row at a position, or of the first to stand in for it, and the rows that could
+    not be used. `reason(place)` says why a row cannot be used, None where it can. Raises RowError."""
+    skipped: list[tuple[int, str]] = []
+    for epoch, index in order.candidates(position):
+        if (why := reason(index)) is None:
+            return epoch, index, skipped
+        skipped.append((int(triples.indices[index]), why))
+        if triples.on_bad_row == "error":
+            break
+    row, why = skipped[0]
+    raise RowError(f"{triples.source}: row {row}, {why}" + ("" if len(skipped) == 1 else "; nor can others be used"))
 
-    Raises RowError for a row that cannot be used.
+
+def open_pair(triples: Triples, row_index: int) -> tuple[list[str], Image.Image, Image.Image]:
+    """Wordings, original and edited image of a row: RGB, the original brought to the edited image's size, unless the
+    geometry takes each by itself. Raises RowError for a row that cannot be used.
     """
-    row = triples.rows[row_index]
-    wordings = instructions_of(row, triples, row_index)
-    images = {}
+    wordings = triples.instructions(row_index)
+    row, images = triples.rows[row_index], {}
     for column in (triples.original_image, triples.edited_image):
         try:
-            images[column] = read_image(image_source(row[column]))
+            images[column] = read_image(triples.files.image(row[column]))
         except BadImage as error:
-            raise _row_error(triples, row_index, column, f"cannot be decoded ({error})") from error
+            raise triples.row_error(row_index, column, f"cannot be decoded ({error})") from error
     edited = images[triples.edited_image]
     try:
-        return wordings, align_original(images[triples.original_image], edited.size), edited
+        return wordings, align_original(images[triples.original_image], edited.size, triples.geometry), edited
     except ValueError as error:
-        raise _row_error(triples, row_index, triples.edited_image, str(error)) from error
+        raise triples.row_error(row_index, triples.edited_image, str(error)) from error
 
 
 def diffusion_draws(seed: int, position: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> dict:
@@ -205,7 +310,7 @@ def diffusion_draws(seed: int, position: int, latent_shape: tuple[int, int, int]
 
 
 def collate(samples: list[dict | RowError]) -> dict | RowError:
-    """Stack samples into a batch; the first RowError among them takes the batch's place."""
+    """Stack samples into a batch, "skipped" being a list; the first RowError among them takes the batch's place."""
     for sample in samples:
         if isinstance(sample, RowError):
             return sample
@@ -215,6 +320,7 @@ def collate(samples: list[dict | RowError]) -> dict | RowError:
     batch["dropout"] = torch.tensor([sample["dropout"] for sample in samples])
     if "instruction" in samples[0]:
         batch["instructions"] = [sample["instruction"] for sample in samples]
+    batch["skipped"] = [row for sample in samples for row in sample["skipped"]]
     return batch
 
 

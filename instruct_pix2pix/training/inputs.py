@@ -23,6 +23,7 @@ class WindowLoader:
             dataset = TripleDataset(plan.triples, config, latent_shape, num_timesteps)
         process = (accelerator.process_index, accelerator.num_processes)
         window = (config.train_batch_size, config.gradient_accumulation_steps)
+        self.triples = plan.triples
         self.loader = iter(
             torch.utils.data.DataLoader(
                 dataset,
@@ -38,10 +39,11 @@ class WindowLoader:
         )
 
     def __next__(self) -> dict:
-        """The next window. Raises RowError for a row that cannot be used."""
+        """The next window. Rows that cannot be used are noted, or raise RowError where they are an error."""
         window = next(self.loader)
         if isinstance(window, UserError):
             raise window
+        self.triples.leave_out(window.pop("skipped"))
         return window
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """What a run says while it goes: numbers and pictures to TensorBoard, W&B and a JSON-lines file; and trouble."""
 
+import contextlib
 import json
 import logging
 import math
@@ -15,11 +16,12 @@ import diffusers
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import written_whole
+from instruct_pix2pix.files import write_json_lines, written_whole
 from instruct_pix2pix.training.config import resolved
 from instruct_pix2pix.training.options import trackers
 
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 PROJECT_NAME = "instruct-pix2pix"
 LOG_FILE = "training_log.jsonl"
+SKIPPED_FILE = "skipped.jsonl"  # what was left out of the dataset, and why
 # Updates between two looks at the device: each look waits for it, so the numbers are collected there meanwhile.
 LOG_EVERY = 10
 MOST_NOT_FINITE = 3  # updates in a row without a finite loss and gradient, after which a run stops
@@ -141,6 +144,25 @@ def _keep_lines_until(path: Path, step: int) -> None:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
+def write_skipped(run, gather: bool = True) -> None:
+    """Write the list of what was left out so far, before a resumed run's start too. Called by all processes, unless
+    `gather` is off, since each of them sees other rows."""
+    if gather:
+        for bad in gather_object([run.triples.bad]):
+            run.triples.bad |= bad
+    path = Path(run.config.output_dir) / SKIPPED_FILE
+    if not run.accelerator.is_main_process or not (run.triples.skipped() or path.exists()):
+        return
+    earlier = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if run.first_step and path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            earlier[entry["row"]] = entry["reason"]
+    bad = earlier | run.triples.bad
+    entries = run.triples.left_out + [{"row": row, "reason": bad[row]} for row in sorted(bad)]
+    write_json_lines(path, entries)
+
+
 # ---- trackers
 
 
@@ -190,3 +212,14 @@ def log_images(accelerator, original: Image.Image, edited: list[Image.Image], pr
         elif tracker.name == "tensorboard":
             pictures = np.stack([np.asarray(image.resize(edited[0].size)) for image in (original, *edited)])
             tracker.writer.add_images("validation", pictures, step, dataformats="NHWC")
+
+
+def log_sheet(accelerator, sheet: Image.Image, step: int) -> None:
+    """The sheet of held-out edits, as one picture."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"held_out": wandb.Image(sheet)}, step=step)
+        elif tracker.name == "tensorboard":
+            tracker.writer.add_image("held_out", np.asarray(sheet), step, dataformats="HWC")

@@ -10,7 +10,7 @@ from pathlib import Path
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import Parser, UserError
 from instruct_pix2pix.data.geometry import GEOMETRIES, crop_is_fixed
-from instruct_pix2pix.data.sources import add_source_flags
+from instruct_pix2pix.data.sources import add_source_flags, source_of
 from instruct_pix2pix.images import is_url
 
 LR_SCHEDULERS = (
@@ -53,15 +53,16 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = data.add_argument
     add(
         "--dataset_name",
-        help="Hub id of a dataset of triples, or a local folder: parquet, save_to_disk, an image folder with"
-        " metadata naming two images a row, JSONL with image paths, or original/ and edited/.",
+        help="Hub id of a dataset of triples, or a local folder or file: parquet, save_to_disk, JSONL, JSON, CSV or TSV"
+        " with image paths or addresses, two folders of equal file names, zip and tar (docs/data.md).",
     )
-    add(
-        "--train_data_dir",
-        help="Local folder with original/ and edited/ (equal file names) and instructions.txt or a metadata"
-        " file; anything --dataset_name takes as a local folder works too. Ignored with --dataset_name.",
-    )
+    add("--train_data_dir", help="The same for a local folder or file. Ignored with --dataset_name.")
     add_source_flags(data)
+    add(
+        "--validation_split",
+        help="Split of the dataset to draw validation edits from: its first --num_validation_images rows, each edited"
+        " by its own instruction and shown beside its target.",
+    )
     add("--max_train_samples", type=int, help="Train on this many rows, drawn with the seed.")
     add(
         "--dataloader_num_workers",
@@ -181,7 +182,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = validation.add_argument
     add("--val_image_url", help="Image to edit during training: a URL or a local path.")
     add("--validation_prompt", help="Instruction to edit it with.")
-    add("--num_validation_images", type=int, default=4, help="Edits per validation.")
+    add("--num_validation_images", type=int, default=4, help="Edits per validation, of the image and of the split.")
     add("--validation_epochs", type=int, default=1, help="Validate every so many epochs.")
     add("--validation_steps", type=int, help="Validate every so many updates instead.")
     editing.add_guidance_flags(validation)
@@ -211,9 +212,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
 
 def check(args: argparse.Namespace) -> None:
     """Every check that needs neither a model nor data nor a heavy import."""
-    if args.dataset_name is None and args.train_data_dir is None:
-        raise UserError("--dataset_name: none given; name a dataset, or a folder with --train_data_dir")
-
+    source_of(args, "--dataset_name", "--train_data_dir")
     at_least_one = [
         "resolution",
         "train_batch_size",
@@ -270,8 +269,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"{missing}: missing; validation needs an image and an instruction, or neither")
     if args.val_image_url and not is_url(args.val_image_url) and not Path(args.val_image_url).is_file():
         raise UserError(f"--val_image_url: {args.val_image_url} is not a file; give a URL or the path of an image")
-    if args.dataset_name is None and not Path(args.train_data_dir).is_dir():
-        raise UserError(f"--train_data_dir: {args.train_data_dir} is not a folder")
+    if args.dataset_name is None and args.train_data_dir and not Path(args.train_data_dir).expanduser().exists():
+        raise UserError(f"--train_data_dir: {args.train_data_dir} is not a folder or a file")
 
 
 def trackers(args: argparse.Namespace) -> list[str]:

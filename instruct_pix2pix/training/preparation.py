@@ -20,7 +20,7 @@ from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
 from instruct_pix2pix.data.order import SampleOrder
 from instruct_pix2pix.data.sources import source_of
-from instruct_pix2pix.data.triples import Triples, diffusion_draws, load_triples
+from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, load_triples
 from instruct_pix2pix.models import sd
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step
@@ -28,7 +28,7 @@ from instruct_pix2pix.training.config import Config, resolve, resolved
 from instruct_pix2pix.training.ema import EMA
 from instruct_pix2pix.training.inputs import WindowEncoder, WindowLoader
 from instruct_pix2pix.training.options import trackers
-from instruct_pix2pix.training.validation import load_validation_image
+from instruct_pix2pix.training.validation import HeldOut, load_held_out, load_validation_image
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class Plan:
     first_step: int  # updates already done
     first_position: int  # samples already seen
     validation_image: Image.Image | None
+    validation_rows: list[HeldOut]
     repo_id: str | None
 
     @property
@@ -67,10 +68,11 @@ class Plan:
 
     def describe_update(self, step: int) -> str:
         """The rows and timesteps of an update, for a message: the same arithmetic that training goes by."""
-        order, config = SampleOrder(len(self.triples), self.config.seed), self.config
+        triples, config = self.triples, self.config
+        order = SampleOrder(len(triples), config.seed)
         start = self.samples_seen(step - 1)
         positions = range(start, start + self.images_per_update)
-        rows = [int(self.triples.indices[order.locate(position)[1]]) for position in positions]
+        rows = [int(triples.indices[first_usable(triples, order, p, triples.known_reason)[1]]) for p in positions]
         steps = DDPMScheduler.from_config(self.configs["scheduler"]).config.num_train_timesteps
         times = [diffusion_draws(config.seed, position, (1, 1, 1), steps)["timestep"] for position in positions]
         return f"rows {_list(rows)}, timesteps {_list(times)}"
@@ -148,12 +150,15 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     latent_side = sd.check_resolution(configs, args.resolution)
     with accelerator.local_main_process_first():
         source = source_of(args, "--dataset_name", "--train_data_dir", cache_dir=args.cache_dir, token=args.hub_token)
-        triples = load_triples(source, seed, args.max_train_samples, accelerator.is_local_main_process)
+        geometry = args.image_geometry
+        triples = load_triples(source, seed, args.max_train_samples, accelerator.is_local_main_process, geometry)
     config = resolve(args, accelerator, seed, rows=len(triples))
     _say_what_is_unusual(config)
     if checkpoint is not None:
         _say_what_changed(config, state)
-    validation_image = repo_id = None
+    validation_image, validation_rows, repo_id = None, [], None
+    if accelerator.is_main_process:
+        validation_rows = load_held_out(config, source)
     if not config.dry_run and accelerator.is_main_process:
         validation_image = load_validation_image(config, multiple=sd.resolution_multiple(configs))
         if config.push_to_hub:
@@ -170,6 +175,7 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
         first_step=state["step"],
         first_position=state["samples_seen"],
         validation_image=validation_image,
+        validation_rows=validation_rows,
         repo_id=repo_id,
     )
 
@@ -181,6 +187,8 @@ def print_dry_run(plan: Plan) -> None:
         "flags": resolved(config),
         "dataset": {
             "rows": len(triples),
+            "rows_that_cannot_be_used": len(triples.bad),
+            **({"files": triples.counts} if triples.counts else {}),
             "original_image_column": triples.original_image,
             "edit_prompt_column": triples.edit_prompt,
             "edited_image_column": triples.edited_image,

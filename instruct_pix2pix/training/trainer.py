@@ -13,7 +13,7 @@ from instruct_pix2pix.files import write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
-from instruct_pix2pix.training.log import LOG_EVERY, Log, set_up_logging, start_trackers
+from instruct_pix2pix.training.log import LOG_EVERY, Log, set_up_logging, start_trackers, write_skipped
 from instruct_pix2pix.training.preparation import Run, build, check, print_dry_run, start_accelerator
 from instruct_pix2pix.training.stopping import StopRequest
 from instruct_pix2pix.training.validation import validate, validation_is_due
@@ -38,6 +38,7 @@ def train(args, expected_in_channels: int) -> None:
         if accelerator.is_main_process:
             checkpoints.remove_partial(Path(run.config.output_dir))
             publishing.begin(run.config.output_dir, resolved(run.config))
+        write_skipped(run)
         start_trackers(accelerator, run.config)
         summary = run_updates(run)
         finish(run, summary)
@@ -105,6 +106,7 @@ def save(run: Run, step: int, sound: bool) -> None:
     """A checkpoint, with every process at the same update: replicas are equal, so the main one keeps a copy and writes
     it in the background. Weights that are not `sound` must not take a good checkpoint's place."""
     run.accelerator.wait_for_everyone()
+    write_skipped(run)
     if not sound:
         logger.warning("no checkpoint-%d: the loss or the gradient of update %d is not finite", step, step)
     elif run.accelerator.is_main_process:
@@ -130,6 +132,7 @@ def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
     done = log.last_step
     if run.accelerator.is_main_process and done > run.first_step:
         log.flush(gather=False)
+        write_skipped(run, gather=False)
         if log.is_finite():
             write_checkpoint(run, done)
             run.checkpoints.wait()
