@@ -25,6 +25,7 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, UserError, first_line, warn
 from instruct_pix2pix.files import check_folder, file_sha256, write_bytes
 from instruct_pix2pix.images import SUFFIXES, BadImage, contact_sheet, encode_image, image_size, read_image, walk_images
+from instruct_pix2pix.models.trained import configuration, is_checkpoint
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -176,7 +177,8 @@ def plan(args) -> list[Edit]:
 
 
 def model_fingerprint(model_id: str) -> str:
-    """What tells one model from another: the id on the Hub, or a hash over a folder's files.
+    """What tells one model from another: the id on the Hub, or a hash over a folder's files, and of a checkpoint over
+    its base model's as well.
 
     Of a large file the size and the first and last megabyte are hashed: quick, and retraining shows in them.
     """
@@ -184,14 +186,16 @@ def model_fingerprint(model_id: str) -> str:
     if not folder.exists():
         return model_id
     digest, megabyte = hashlib.sha256(), 1 << 20
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".txt", ".safetensors", ".bin") and path.is_file():
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+        if path == folder or (path.suffix in (".json", ".txt", ".safetensors", ".bin") and path.is_file()):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder).as_posix()} {size} ".encode())
             with path.open("rb") as file:
                 digest.update(file.read(megabyte))
                 file.seek(max(size - megabyte, 0))
                 digest.update(file.read(megabyte))
+    if is_checkpoint(folder):
+        digest.update(model_fingerprint(configuration(folder).pretrained_model_name_or_path).encode())
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -120,6 +120,7 @@ def write_checkpoint(run: Run, step: int) -> None:
         "seed": run.config.seed,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
         "flags": resolved(run.config),
+        "instruction": run.triples.first_instruction(),  # for the card of an export
     }
     limit = run.config.checkpoints_total_limit
     run.checkpoints.save(Path(run.config.output_dir), state, run.unet, run.optimizer, run.ema, limit)
@@ -146,7 +147,7 @@ def finish(run: Run, summary: dict) -> None:
         with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
             instruction = config.validation_prompt or run.triples.first_instruction()
             publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
-        write_json(Path(config.output_dir) / "training_summary.json", summary)
+        write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)
     validate(run, config.max_train_steps)
     if run.repo_id is not None:  # on the main process only
