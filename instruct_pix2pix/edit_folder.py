@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, UserError, first_line, warn
-from instruct_pix2pix.files import check_folder, file_sha256, write_bytes
+from instruct_pix2pix.files import check_folder, file_sha256, free_space, in_megabytes, write_bytes
 from instruct_pix2pix.images import SUFFIXES, BadImage, contact_sheet, encode_image, image_size, read_image, walk_images
 from instruct_pix2pix.models.trained import configuration, is_checkpoint
 
@@ -534,7 +534,11 @@ def edit_folder(args) -> bool:
         if args.contact_sheet and done:
             write_contact_sheet([edit for edit in edits if edit in done], args, read_records(output_dir))
     except OSError as error:
-        raise UserError(f"--output_dir: {output_dir} cannot be written to ({first_line(error)})") from None
+        room = in_megabytes(free_space(output_dir))
+        raise UserError(
+            f"--output_dir: {output_dir} cannot be written to ({first_line(error)}), where {room} are free; what is"
+            " done is kept: make room and run it again"
+        ) from None
 
     # 3. What came of it.
     for message in left_out.values():

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import flush, for_others, free_space, in_megabytes, write_json, write_text
+from instruct_pix2pix.files import check_folder, flush, for_others, free_space, in_megabytes, write_json, write_text
 from instruct_pix2pix.models import sd, trained
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
     whole or not at all. Raises NotFinite, and UserError where the base model or the disk does not give what it needs.
     """
     state, config = trained.read_state(checkpoint), trained.configuration(checkpoint)
+    size = 4 * sum(sd.count_parameters(sd.read_base_configs(config)).values())
+    check_folder("--output_dir", output_dir, size, "the pipeline")
     unet = trained.load_unet(checkpoint)
     check_finite(unet)
     flags = state["flags"]

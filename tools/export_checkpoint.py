@@ -11,7 +11,6 @@ knows, and all of it for a training's last update.
 from pathlib import Path
 
 from instruct_pix2pix.cli import Parser, UserError, run
-from instruct_pix2pix.files import check_folder
 from instruct_pix2pix.models import trained
 
 
@@ -26,7 +25,6 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = args.output_dir.absolute()
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise UserError(f"--output_dir: {args.output_dir} is not empty; name a new folder")
-    check_folder("--output_dir", output_dir, 2 * (args.checkpoint / trained.UNET_FILE).stat().st_size, "the pipeline")
     from instruct_pix2pix import publishing
 
     publishing.export_checkpoint(args.checkpoint, output_dir)

@@ -9,7 +9,7 @@ import torch
 
 from instruct_pix2pix import publishing
 from instruct_pix2pix.cli import RowError
-from instruct_pix2pix.files import write_json
+from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
@@ -34,13 +34,14 @@ def train(args, expected_in_channels: int) -> None:
             print_dry_run(plan)
         return
     try:
-        run = build(plan)
-        if accelerator.is_main_process:
-            checkpoints.remove_partial(Path(run.config.output_dir))
-            publishing.begin(run.config.output_dir, resolved(run.config))
-        start_trackers(accelerator, run.config)
-        summary = run_updates(run)
-        finish(run, summary)
+        with naming(plan.config.output_dir):
+            run = build(plan)
+            if accelerator.is_main_process:
+                checkpoints.remove_partial(Path(run.config.output_dir))
+                publishing.begin(run.config.output_dir, resolved(run.config))
+            start_trackers(accelerator, run.config)
+            summary = run_updates(run)
+            finish(run, summary)
     except RuntimeError as error:
         if steps.is_out_of_memory(error):
             raise steps.memory_shortage(plan.config) from error
