@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import check_folder, flush, for_others, free_space, in_megabytes, write_json, write_text
-from instruct_pix2pix.models import sd, trained
+from instruct_pix2pix.models import base_files, sd, trained
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def _finish_export(output_dir: Path) -> None:
 def _write_pipeline(folder: Path, config, unet) -> None:
     """The base model's own files, the UNet in float32, and the index that names the parts."""
     shutil.rmtree(folder, ignore_errors=True)
-    base = sd.base_folder(config)
+    base = base_files.base_folder(config)
     for part in ("scheduler", "tokenizer"):
         for file in sorted((base / part).iterdir()):
             if file.is_file() and not file.name.startswith("."):
@@ -215,9 +215,9 @@ def _write_pipeline(folder: Path, config, unet) -> None:
 def _copy_model(config, source: Path, stem: str, target: Path) -> None:
     """Copy a model that training did not change; a variant's weights get the plain name. What is not one safetensors
     file (pickled, in several, or with the other parts) is loaded and saved as one."""
-    variant = sd.variant_of(config, source.name)
+    variant = base_files.variant_of(config, source.name)
     weights = source / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
-    if weights.is_file() and not sd.single_file(config):
+    if weights.is_file() and not base_files.single_file(config):
         _copy(weights, target / f"{stem}.safetensors")
     else:
         sd.load_model(config, source.name).save_pretrained(target, max_shard_size="100GB")

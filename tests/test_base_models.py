@@ -222,6 +222,11 @@ def test_what_one_file_may_lack_is_said_in_the_dry_run(plain_bases, small_run, t
     second = {"cond_stage_model.model.token_embedding.weight": torch.ones(2)} | without("cond_stage_model.")
     refuse(second, "--base_config: missing; .* does not say what its scheduler is; name the folder or Hub id")
     refuse(tensors, "--base_config: .*nowhere is not a folder", base_config=tmp_path / "nowhere")
+    wide = copy_tree(base, tmp_path / "wide")
+    config = json.loads((wide / "vae/config.json").read_text())
+    (wide / "vae/config.json").write_text(json.dumps(config | {"block_out_channels": [16, 32, 48]}))
+    with pytest.raises(UserError, match="the weights of .*0.safetensors do not fit the vae of .*wide .*--base_config"):
+        small_run("train", pretrained_model_name_or_path=tmp_path / "0.safetensors", base_config=wide)
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes((tmp_path / "0.safetensors").read_bytes()[:-5])
     with pytest.raises(UserError, match="--pretrained_model_name_or_path: cannot read .*cut.safetensors"):

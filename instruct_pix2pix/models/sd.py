@@ -1,18 +1,12 @@
 """The parts of a Stable Diffusion pipeline: checked before weights load, loaded, widened, put together, made readable.
 
-`config` is the training's configuration; its base model is pretrained_model_name_or_path, with revision,
-non_ema_revision (the UNet's), variant, base_config (of a single file), cache_dir and hub_token.
+`config` is the training's configuration; models/base_files.py says which flags of it name the base model.
 """
 
-import contextlib
-import functools
 import importlib.util
 import json
 import logging
 import os
-import re
-import warnings
-import zipfile
 from pathlib import Path
 
 import diffusers
@@ -24,12 +18,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from huggingface_hub import HfApi, hf_hub_download
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instruct_pix2pix.cli import UserError, first_line
 from instruct_pix2pix.files import write_json, write_text, written_whole
+from instruct_pix2pix.models import base_files
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +34,6 @@ CONFIG_FILES = {
     "vae": "config.json",
     "unet": "config.json",
     "scheduler": "scheduler_config.json",
-}
-
-# A model's weights, whole or in shards: diffusion_pytorch_model.safetensors, model.fp16-00001-of-00002.safetensors.
-WEIGHTS = re.compile(
-    r"(diffusion_pytorch_model|(pytorch_)?model)(\.(?P<variant>\w+))?(-\d+-of-\d+)?(\.(?P<old>\w+))?\.(safetensors|bin)"
-)
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-# A single-file checkpoint holds weights alone: whose configuration and tokenizer it goes by, by its input channels.
-SINGLE_FILE_CONFIGS = {4: "stable-diffusion-v1-5/stable-diffusion-v1-5", 8: "timbrooks/instruct-pix2pix"}
-SINGLE_FILE_CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-SINGLE_FILE_PARTS = {
-    "UNet": "model.diffusion_model.",
-    "autoencoder": ("first_stage_model.", "vae."),
-    "text encoder": "cond_stage_model.",
 }
 
 PIXELS_PER_PASS = 16 * 256 * 256  # of each side of the pairs, in one pass of the VAE
@@ -68,193 +48,38 @@ def read_base_configs(config) -> dict[str, dict]:
     Raises UserError where the folder, file or repository is missing, incomplete or unreadable, where a pickled file
     holds more than weights, and where --variant names weights that are not there.
     """
-    name, file = config.pretrained_model_name_or_path, single_file(config)
-    source = _source(config)
+    name, file = config.pretrained_model_name_or_path, base_files.single_file(config)
+    source = base_files.source_of(config)
     if os.path.isdir(source):
         for folder, part in CONFIG_FILES.items():
             if not (Path(source) / folder / part).is_file():
                 raise UserError(
-                    f"{_flag(config)}: {source} has no {folder}/{part}; it needs a whole Stable"
+                    f"{base_files.source_flag(config)}: {source} has no {folder}/{part}; it needs a whole Stable"
                     f" Diffusion pipeline in diffusers' format ({', '.join(CONFIG_FILES)})"
                 )
     elif os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"{_flag(config)}: {source} is not a folder; give a pipeline's folder or a Hub id")
+        raise UserError(
+            f"{base_files.source_flag(config)}: {source} is not a folder; give a pipeline's folder or a Hub id"
+        )
 
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
     configs = {}
     for folder, cls in classes.items():
-        with _explained(config, folder):
-            configs[folder] = dict(cls.load_config(source, subfolder=folder, **_where(config, folder)))
-    with _explained(config, "text_encoder"):
-        text = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder", **_where(config, "text_encoder"))
+        with base_files.explained(config, folder):
+            configs[folder] = dict(cls.load_config(source, subfolder=folder, **base_files.where(config, folder)))
+    with base_files.explained(config, "text_encoder"):
+        text = CLIPTextConfig.from_pretrained(
+            source, subfolder="text_encoder", **base_files.where(config, "text_encoder")
+        )
     configs["text_encoder"] = text.to_dict()
     if file:
-        configs["unet"]["in_channels"] = _layout(file)[1]
+        configs["unet"]["in_channels"] = base_files.layout(file)[1]
         return configs
-    variants = {part: variant_of(config, part) for part in ("unet", "vae", "text_encoder")}
+    variants = {part: base_files.variant_of(config, part) for part in ("unet", "vae", "text_encoder")}
     found = sorted(part for part, variant in variants.items() if variant != config.variant)
     if found:
         logger.info("%s of %s: only %s weights are there, and used", ", ".join(found), name, variants[found[0]])
     return configs
-
-
-def _flag(config) -> str:
-    """The flag that names where configurations and tokenizer come from."""
-    by_flag = single_file(config) and config.base_config
-    return "--base_config" if by_flag else "--pretrained_model_name_or_path"
-
-
-def single_file(config) -> str | None:
-    """The path of a base model that is one file, as Stable Diffusion was first published."""
-    name = config.pretrained_model_name_or_path
-    return name if os.path.isfile(name) and name.endswith((".safetensors", *PICKLED)) else None
-
-
-def _source(config) -> str:
-    """The folder or Hub id of the base model's configurations and tokenizer: its own, or those its one file goes by."""
-    file = single_file(config)
-    if file is None:
-        return config.pretrained_model_name_or_path
-    names, channels = _layout(file)
-    missing = [part for part, prefix in SINGLE_FILE_PARTS.items() if not any(name.startswith(prefix) for name in names)]
-    if missing or not channels:
-        raise UserError(
-            f"--pretrained_model_name_or_path: {file} has no {missing[0] if missing else 'UNet'} under the names of a"
-            " Stable Diffusion 1 or 2 checkpoint; give a whole one, or a pipeline's folder"
-        )
-    if config.base_config:
-        return config.base_config
-    if channels not in SINGLE_FILE_CONFIGS or any(name.startswith("cond_stage_model.model.") for name in names):
-        raise UserError(  # Stable Diffusion 2 predicts epsilon or v, and the file does not say which
-            f"--base_config: missing; {file} does not say what its scheduler is; name the folder or Hub id of a"
-            " pipeline of its kind, such as stabilityai/stable-diffusion-2-1"
-        )
-    return SINGLE_FILE_CONFIGS[channels]
-
-
-@functools.cache
-def _layout(file: str) -> tuple[frozenset[str], int | None]:
-    """The names in a single-file checkpoint, and its UNet's input channels if it has one."""
-    tensors = _tensors(file)
-    conv_in = tensors.get(SINGLE_FILE_CONV_IN)
-    return frozenset(tensors), conv_in.shape[1] if conv_in is not None and conv_in.dim() == 4 else None
-
-
-def _tensors(file: str) -> dict[str, torch.Tensor]:
-    """The tensors of a single-file checkpoint by name, mapped into memory: read from the disk only where used."""
-    if file.endswith(PICKLED):
-        tensors = _unpickle(file)
-        while isinstance(tensors, dict) and "state_dict" in tensors:
-            tensors = tensors["state_dict"]
-    else:
-        try:
-            tensors = load_file(file)
-        except Exception as error:  # safetensors' own error, or the system's
-            raise UserError(f"--pretrained_model_name_or_path: cannot read {file}: {first_line(error)}") from None
-    if not isinstance(tensors, dict):
-        raise UserError(f"--pretrained_model_name_or_path: {file} holds no weights by name; give another file")
-    return {name: tensor for name, tensor in tensors.items() if isinstance(name, str) and torch.is_tensor(tensor)}
-
-
-class _Callback:
-    """Stands in for the class by which Lightning's checkpoints (Stable Diffusion's own .ckpt) name a dict's entry."""
-
-
-def _unpickle(file: str | os.PathLike):
-    """What a pickled file of weights holds; UserError where unpickling would call anything but what makes tensors."""
-    lightning = (_Callback, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
-    try:
-        with torch.serialization.safe_globals([lightning]), warnings.catch_warnings(action="ignore"):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as error:  # damaged pickles fail in many ways
-        called = re.search(r"GLOBAL ([\w.]+)", str(error))
-        reason = f"would run code when opened ({called[1]})" if called else "is damaged, or holds more than weights"
-        raise UserError(
-            f"--pretrained_model_name_or_path: {file} {reason}, so it is not used; take the model's .safetensors"
-        ) from None
-
-
-@functools.cache
-def _hub_files(name: str, part: str, revision: str | None, cache_dir: str | None, token: str | None) -> list[str]:
-    """The names of the files in a folder of a Hub's model, or of the cached ones where the Hub does not answer."""
-    try:
-        return sorted(Path(item.path).name for item in HfApi(token=token).list_repo_tree(name, part, revision=revision))
-    except Exception:  # no network, or a Hub that lists nothing
-        return sorted(path.name for path in (_snapshot(name, revision, cache_dir, token) / part).iterdir())
-
-
-def variant_of(config, part: str) -> str | None:
-    """The variant of the weights of the base model's "unet", "vae" or "text_encoder" to load: --variant, or fp16 where
-    there are no plain ones. Pickled weights that are the only ones are looked into. UserError where there are none."""
-    if single_file(config):
-        return config.variant
-    name, flag = config.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
-    local, where = os.path.isdir(name), _where(config, part)
-    files = sorted(os.listdir(Path(name) / part)) if local else _hub_files(name, part, *where.values())
-    found = {file: match["variant"] or match["old"] for file in files if (match := WEIGHTS.fullmatch(file))}
-    if not found and local:
-        raise UserError(f"{flag}: {name}/{part} holds no weights (.safetensors)")
-    variants = set(found.values())
-    variant = "fp16" if config.variant is None and None not in variants and "fp16" in variants else config.variant
-    if found and variant not in variants:
-        known = " or ".join(f"--variant {v}" if v else "no --variant" for v in sorted(variants, key=str))
-        raise UserError(
-            f"--variant: {variant or 'not given'}, and {name}/{part} has no {variant or 'plain'} weights; use {known}"
-        )
-    chosen = [file for file in found if found[file] == variant]
-    if local and not any(file.endswith(".safetensors") for file in chosen):
-        for file in chosen:
-            _unpickle(Path(name) / part / file)
-    return variant
-
-
-def base_folder(config, part: str | None = None) -> Path:
-    """The folder with the base model's files, or of a single file with the configurations it goes by: the local one, or
-    the Hub's snapshot in the cache, which holds what has been loaded so far. The UNet's may be another revision."""
-    name = _source(config)
-    if os.path.isdir(name):
-        return Path(name)
-    revision = (config.non_ema_revision or config.revision) if part == "unet" else config.revision
-    return _snapshot(name, None if single_file(config) else revision, config.cache_dir, config.hub_token)
-
-
-@functools.cache  # asked once: a branch that moves on during a long run changes nothing
-def _snapshot(name: str, revision: str | None, cache_dir: str | None, token: str | None) -> Path:
-    file = hf_hub_download(name, "unet/config.json", revision=revision, cache_dir=cache_dir, token=token)
-    return Path(file).parents[1]
-
-
-def _where(config, part: str) -> dict:
-    """Where from_pretrained and load_config find a part of the base model; of a branch, the commit first seen."""
-    return {
-        "revision": None if os.path.isdir(_source(config)) else base_folder(config, part).name,
-        "cache_dir": config.cache_dir,
-        "token": config.hub_token,
-    }
-
-
-@contextlib.contextmanager
-def _explained(config, folder: str):
-    """Turns what the libraries raise for a missing or broken part into one line that names it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        # The libraries have no common error of their own; what they raise for files is among these.
-        library = type(error).__module__.startswith(
-            ("safetensors", "huggingface_hub", "diffusers", "pickle", "_pickle")
-        )
-        if not library and not isinstance(error, (OSError, ValueError, RuntimeError)):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        source, file = _source(config), single_file(config)
-        if file and not config.base_config:
-            raise UserError(
-                f"--base_config: missing, and {folder} of {source}, by which {file} would go, cannot be had ({reason});"
-                " name the folder of a pipeline of its kind"
-            ) from error
-        raise UserError(f"{_flag(config)}: cannot read {folder} of {source}: {reason}") from error
 
 
 def check_channels(configs: dict, expected: int, name: str) -> None:
@@ -372,17 +197,19 @@ def load_frozen(config) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
 
 
 def load_tokenizer(config) -> CLIPTokenizer:
-    with _explained(config, "tokenizer"):
-        return CLIPTokenizer.from_pretrained(_source(config), subfolder="tokenizer", **_where(config, "tokenizer"))
+    with base_files.explained(config, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(
+            base_files.source_of(config), subfolder="tokenizer", **base_files.where(config, "tokenizer")
+        )
 
 
 def load_model(config, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
     """The base model's "text_encoder", "vae" or "unet" in float32, on the CPU. UserError where it cannot be read."""
     cls = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}[part]
-    if single_file(config):
+    if base_files.single_file(config):
         return _convert(config, cls, part)
-    with _explained(config, part):
-        variant, where = variant_of(config, part), _where(config, part)
+    with base_files.explained(config, part):
+        variant, where = base_files.variant_of(config, part), base_files.where(config, part)
         name = config.pretrained_model_name_or_path
         return cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=variant, **where)
 
@@ -390,22 +217,22 @@ def load_model(config, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DCondi
 def _convert(config, cls: type, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
     """A part of a base model in one file: its tensors as diffusers renames them, in the sizes that the configuration
     says. UserError where they do not fit it."""
-    file, folder = single_file(config), base_folder(config, part)
-    tensors = _tensors(file)
+    file, folder = base_files.single_file(config), base_files.base_folder(config, part)
+    tensors = base_files.read_tensors(file)
     where = {"subfolder": part, "config": str(folder), "local_files_only": True}
     try:
         if part == "text_encoder":
             model = create_diffusers_clip_model_from_ldm(cls, tensors, **where)
         else:
-            channels = {"in_channels": _layout(file)[1]} if part == "unet" else {}
+            channels = {"in_channels": base_files.layout(file)[1]} if part == "unet" else {}
             model = cls.from_single_file(tensors, **where, **channels)
         missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
     except Exception as error:  # the converters trust the file
         raise UserError(
-            f"--pretrained_model_name_or_path: the weights of {file} do not fit the {part} of {_source(config)}"
-            f" ({first_line(error)}); name a pipeline of the file's kind by --base_config"
+            f"--pretrained_model_name_or_path: the weights of {file} do not fit the {part} of"
+            f" {base_files.source_of(config)} ({first_line(error)}); name a pipeline of their kind by --base_config"
         ) from error
     return model.float()
 

@@ -37,6 +37,8 @@ def read_state(checkpoint: str | os.PathLike) -> dict:
     state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
     if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in STATE_TYPES.items()):
         raise ValueError(f"{STATE_FILE} lacks one of {', '.join(STATE_TYPES)}")
+    if not isinstance(state["flags"].get("pretrained_model_name_or_path"), str):
+        raise ValueError(f"{STATE_FILE} names no base model")
     return state
 
 
@@ -49,12 +51,12 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
     except (OSError, ValueError, RecursionError):
         return f"no readable {STATE_FILE}"
     for name in [*files, *sorted(NEEDED_FILES - files.keys())]:
-        file = Path(checkpoint) / name
-        if not file.is_file():
+        file = os.path.join(checkpoint, name)
+        if not os.path.isfile(file):
             return f"{name} is missing"
-        if (size := file.stat().st_size) != files.get(name):
+        if (size := os.path.getsize(file)) != files.get(name):
             return f"{name} has {size} bytes instead of {files.get(name, 'a known number')}"
-        if file.suffix == ".safetensors":
+        if name.endswith(".safetensors"):
             try:
                 with safe_open(file, "np"):
                     pass
@@ -66,7 +68,8 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
 def configuration(checkpoint: str | os.PathLike) -> SimpleNamespace:
     """The flags that a whole checkpoint was trained with, for `models.sd` and `publishing`."""
     flags = read_state(checkpoint)["flags"]
-    config = SimpleNamespace(**{"base_config": None} | flags | {"hub_token": None})
+    left_out = dict.fromkeys(("base_config", "revision", "non_ema_revision", "variant", "cache_dir"))
+    config = SimpleNamespace(**left_out | flags | {"hub_token": None})
     if config.cache_dir and not os.path.isdir(config.cache_dir):  # trained on another machine
         config.cache_dir = None
     return config
@@ -98,7 +101,8 @@ def check_base(checkpoint: str | os.PathLike, flag: str) -> None:
         sd.read_base_configs(configuration(checkpoint))
     except UserError as error:
         raise UserError(
-            f"{flag}: {checkpoint} needs its base model, by the path it was trained with: {error}"
+            f"{flag}: {checkpoint} needs its base model where training found it (go to the same folder, or correct"
+            f" pretrained_model_name_or_path in its {STATE_FILE}): {error}"
         ) from error
 
 
