@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     data = parser.add_argument_group("model and data")
     add = data.add_argument
-    add("--model", required=True, help="Folder or Hub id of an InstructPix2Pix pipeline.")
+    add("--model", required=True, help="Folder or Hub id of an InstructPix2Pix pipeline, or a checkpoint of one.")
     add("--dataset", required=True, help="Triples: anything that training takes as --dataset_name.")
     add("--split", default="test", help="Split to edit; a folder or file without splits has the split train.")
     add(

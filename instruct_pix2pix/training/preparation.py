@@ -238,9 +238,10 @@ def _space_needed(config, configs: dict, first_step: int) -> int:
     counts, left = sd.count_parameters(configs), config.max_train_steps - first_step
     moments = 2.1 if config.use_8bit_adam else 8  # with the scales of 256 values each
     checkpoint = counts["unet"] * (4 + moments + 4 * config.use_ema)
-    # One that is resumed from lies there already; a short run writes but one.
-    checkpoints_to_come = 1 if first_step or left <= config.checkpointing_steps else 2
-    return int(bool(left > 0) * checkpoints_to_come * checkpoint + 4 * sum(counts.values()))
+    # Of a run that goes on, one lies there already; a short run writes but one.
+    going_on = bool(checkpoints.list_checkpoints(Path(config.output_dir)))
+    to_come = 0 if left <= 0 else 1 if going_on or left <= config.checkpointing_steps else 2
+    return int(to_come * checkpoint + 4 * sum(counts.values()))
 
 
 def _agree_on_seed(args, state: dict) -> int:
