@@ -21,6 +21,7 @@ from instruct_pix2pix.cli import Parser, RowError, UserError, run, whole_number
 from instruct_pix2pix.data.sources import add_source_flags, source_of
 from instruct_pix2pix.files import check_folder, write_bytes, write_json, write_json_lines
 
+REPORT_BYTES = 10_000_000  # at most, of comparison.png above all
 KINDS = ("identity", "identity_through_vae", "vae_ceiling", "model")
 # What metrics.json says about how the edits were made.
 SETTINGS = "split wordings_from resolution num_inference_steps image_guidance_scale guidance_scale seed".split()
@@ -30,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     data = parser.add_argument_group("model and data")
     add = data.add_argument
-    add("--model", required=True, help="Folder or Hub id of an InstructPix2Pix pipeline.")
+    add("--model", required=True, help="Folder or Hub id of an InstructPix2Pix pipeline, or a checkpoint of one.")
     add("--dataset", help="Triples: anything that training takes as --dataset_name.")
     add(
         "--wordings_from",
@@ -170,7 +171,7 @@ def comparison(triples: list[dict], cell: int = 192, count: int = 12):
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_folder("--output_dir", args.output_dir)
+    check_folder("--output_dir", args.output_dir, REPORT_BYTES, "the report")
     editing.check_model(args.model, "--model")
     import datasets
     import diffusers

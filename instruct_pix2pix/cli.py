@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import re
+import shutil
 import sys
 import traceback
 
@@ -82,9 +83,10 @@ def guidance(text: str) -> float:
 def run(main, argv: list[str] | None = None, stopped: str = "the same command goes on from here") -> None:
     """Call `main(argv)`; what a user can do something about becomes one line on stderr.
 
-    Exit codes: 2 for a UserError (unless it says otherwise), 130 when interrupted, 1 for a full disk and for what
-    nobody foresaw. In a multi-process launch every rank meets the same mistake, so only rank 0 says it, unless the
-    error says otherwise. `stopped` tells how to go on after an interrupt.
+    Exit codes: 2 for a UserError (unless it says otherwise), 130 when interrupted, 1 for a disk that takes
+    no more, a file without the right to it, and for what nobody foresaw. In a multi-process launch every rank meets the
+    same mistake, so only rank 0 says it, unless the error says otherwise. `stopped` tells how to go on after an
+    interrupt.
     """
     try:
         main(argv)
@@ -95,17 +97,28 @@ def run(main, argv: list[str] | None = None, stopped: str = "the same command go
         _say(f"stopped; {stopped}")
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or "--output_dir"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = f"{_room(where)}what is finished is kept: make room and run it again"
+        elif error.filename and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            remedy = "what is finished is kept: change the rights or name another place"
+        else:
             traceback.print_exc()
             sys.exit(1)
-        where = error.filename or "--output_dir"
-        _say(f"error: {where}: {os.strerror(error.errno)}; what is finished is kept: make room and run it again", True)
+        _say(f"error: {where}: {os.strerror(error.errno)}; {remedy}", True)
         sys.exit(1)
     except Exception:
         # Left to the interpreter, the error would keep what it passed through alive: loader processes, which leave
         # signals to the trainer and would be waited for without end.
         traceback.print_exc()
         sys.exit(1)
+
+
+def _room(path: str) -> str:
+    try:
+        return f"{shutil.disk_usage(os.path.dirname(os.path.abspath(path))).free / 1e6:,.1f} MB are free there; "
+    except OSError:
+        return ""
 
 
 def warn(message: str) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, RowError, UserError, first_line, warn
 from instruct_pix2pix.data.sources import source_of
-from instruct_pix2pix.files import check_folder, file_sha256, write_bytes
+from instruct_pix2pix.files import check_folder, file_sha256, free_space, in_megabytes, write_bytes
 from instruct_pix2pix.images import (
     BadImage,
     contact_sheet,
@@ -36,6 +36,7 @@ from instruct_pix2pix.images import (
     read_image,
     suffixes,
 )
+from instruct_pix2pix.models.trained import configuration, is_checkpoint
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -231,7 +232,8 @@ def rows_to_edit(args) -> list[tuple[Path, str, str]]:
 
 
 def model_fingerprint(model_id: str) -> str:
-    """What tells one model from another: the id on the Hub, or a hash over a folder's files.
+    """What tells one model from another: the id on the Hub, or a hash over a folder's files, and of a checkpoint over
+    its base model's as well.
 
     Of a large file the size and the first and last megabyte are hashed: quick, and retraining shows in them.
     """
@@ -239,14 +241,16 @@ def model_fingerprint(model_id: str) -> str:
     if not folder.exists():
         return model_id
     digest, megabyte = hashlib.sha256(), 1 << 20
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".json", ".txt", ".safetensors", ".bin") and path.is_file():
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
+        if path == folder or (path.suffix in (".json", ".txt", ".safetensors", ".bin") and path.is_file()):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder).as_posix()} {size} ".encode())
             with path.open("rb") as file:
                 digest.update(file.read(megabyte))
                 file.seek(max(size - megabyte, 0))
                 digest.update(file.read(megabyte))
+    if is_checkpoint(folder):
+        digest.update(model_fingerprint(configuration(folder).pretrained_model_name_or_path).encode())
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -585,7 +589,11 @@ def edit_folder(args) -> bool:
         if args.contact_sheet and done:
             write_contact_sheet([edit for edit in edits if edit in done], args, read_records(output_dir))
     except OSError as error:
-        raise UserError(f"--output_dir: {output_dir} cannot be written to ({first_line(error)})") from None
+        room = in_megabytes(free_space(output_dir))
+        raise UserError(
+            f"--output_dir: {output_dir} cannot be written to ({first_line(error)}), where {room} are free; what is"
+            " done is kept: make room and run it again"
+        ) from None
 
     # 3. What came of it.
     for message in left_out.values():

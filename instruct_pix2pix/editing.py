@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from instruct_pix2pix.cli import Parser, UserError, first_line, guidance, warn, whole_number
 from instruct_pix2pix.files import check_folder, write_bytes
 from instruct_pix2pix.images import BadImage, add_pixel_limit, encode_image, read_image
+from instruct_pix2pix.models import trained
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
@@ -54,7 +55,7 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
         default=model_id,
         required=model_id is None,
         metavar="FOLDER_OR_ID",
-        help="an InstructPix2Pix pipeline: a folder, or an id on the Hub",
+        help="an InstructPix2Pix pipeline: a folder, an id on the Hub, or a training's OUTPUT_DIR/checkpoint-N",
     )
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--steps", type=whole_number(1), default=NUM_INFERENCE_STEPS, help="denoising steps")
@@ -91,11 +92,14 @@ def guidance_warning(guidance_scale: float, image_guidance_scale: float) -> str 
 
 
 def check_model(model_id: str, flag: str = "--model_id") -> None:
-    """Raise UserError if `model_id`, a folder or an id on the Hub, cannot be an InstructPix2Pix pipeline.
+    """Raise UserError unless `model_id` may be an InstructPix2Pix pipeline, in a folder or on the Hub, or is a whole
+    checkpoint of a training.
 
     Reads the UNet's configuration, a small JSON file, so that a mistake is said before any weights load.
     """
     folder = Path(model_id).expanduser()
+    if trained.is_checkpoint(folder):
+        return trained.check_base(folder, flag)
     if folder.exists():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{flag}: {model_id} has no model_index.json; give a folder as save_pretrained writes it")
@@ -133,9 +137,10 @@ def _fetch_unet_config(model_id: str, flag: str) -> str:
 
 
 def load_pipeline(model_id: str, flag: str = "--model_id", **options) -> StableDiffusionInstructPix2PixPipeline:
-    """A pipeline that passed `check_model`: on CUDA in half precision, else on the CPU in float32; no progress bar.
+    """A model that passed `check_model`: on CUDA in half precision, else on the CPU in float32; no progress bar.
 
-    `options` go to `from_pretrained`. Raises UserError where a file is missing or damaged.
+    A checkpoint edits with its average's weights, where it has one, as the pipeline exported there would. `options` go
+    to a pipeline's `from_pretrained`. Raises UserError where a file is missing or damaged.
     """
     # Without torchvision, which nothing here needs, importing transformers prints two warnings.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -144,7 +149,13 @@ def load_pipeline(model_id: str, flag: str = "--model_id", **options) -> StableD
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
     try:
-        pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=dtype, **options).to(device)
+        if trained.is_checkpoint(folder := Path(model_id).expanduser()):
+            pipeline = trained.load_pipeline(folder, dtype)
+        else:
+            pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=dtype, **options)
+        pipeline.to(device)
+    except UserError:
+        raise
     except Exception as error:  # a damaged folder fails in many ways
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{flag}: {model_id} cannot be loaded ({reason}); save or download it again") from None

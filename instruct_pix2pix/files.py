@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,10 @@ def written_whole(path: str | os.PathLike):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")  # a killed run's is written over
     try:
-        yield temporary
-        flush(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            flush(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -66,14 +68,44 @@ def unit_hash(*parts) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def check_folder(flag: str, folder: str | os.PathLike) -> None:
-    """Raise UserError if files cannot be written into `folder`, which need not exist yet."""
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+def check_folder(flag: str, folder: str | os.PathLike, needed: int = 0, what: str = "what is written") -> None:
+    """Raise UserError if files cannot be written into `folder`, which need not exist yet, or `what`, of `needed`
+    bytes, finds no room there."""
+    existing = _existing(folder)
     if not existing.is_dir():
         raise UserError(f"{flag}: {existing} is a file; give a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{flag}: {existing} is not writable; choose another folder")
+    if needed > (free := free_space(folder)):
+        raise UserError(
+            f"{flag}: {folder} has too little room: {what} takes {in_megabytes(needed)}, free are"
+            f" {in_megabytes(free)}; make room or choose another folder"
+        )
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def free_space(path: str | os.PathLike) -> int:
+    """Bytes that can still be written where `path` is or would be."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def in_megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+@contextmanager
+def naming(path: str | os.PathLike):
+    """Gives `path` to an OSError of the block that names no file, as what writes to an open one does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def for_others(argument) -> str:

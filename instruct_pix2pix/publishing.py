@@ -21,12 +21,13 @@ from safetensors import SafetensorError
 
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import flush, for_others, write_json, write_text
-from instruct_pix2pix.models import sd
+from instruct_pix2pix.files import check_folder, flush, for_others, free_space, in_megabytes, write_json, write_text
+from instruct_pix2pix.models import base_files, sd, trained
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "training_config.json"
+SUMMARY_FILE = "training_summary.json"
 INDEX_FILE = "model_index.json"  # what makes a folder a pipeline
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 EXPORTED = ("README.md", *PIPELINE_FOLDERS)
@@ -75,7 +76,8 @@ def _writable(output_dir: Path, what: str):
         yield
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"--output_dir: {what} cannot be written into {output_dir} ({error}); make room and go on with"
+            f"--output_dir: {what} cannot be written into {output_dir} ({error}), where"
+            f" {in_megabytes(free_space(output_dir))} are free; make room and go on with"
             " --resume_from_checkpoint latest"
         ) from error
 
@@ -106,15 +108,47 @@ def export(config, flags: dict, unet, summary: dict, repo_id: str | None, instru
     with _writable(output_dir, "the pipeline"):
         _finish_export(output_dir)
         try:
-            _write_pipeline(new, config, unet)
-            write_json(new / CONFIG_FILE, _hide_paths(flags))
-            write_text(new / "README.md", model_card(config, flags, summary, repo_id, instruction))
-            for path in (new, *new.rglob("*")):
-                flush(path)
+            _write_export(new, config, flags, unet, summary, repo_id, instruction)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
         _put_in_place(output_dir)
+
+
+def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
+    """Write a whole checkpoint as the pipeline that training would have exported there, into a new folder that is there
+    whole or not at all. Raises NotFinite, and UserError where the base model or the disk does not give what it needs.
+    """
+    state, config = trained.read_state(checkpoint), trained.configuration(checkpoint)
+    size = 4 * sum(sd.count_parameters(sd.read_base_configs(config)).values())
+    check_folder("--output_dir", output_dir, size, "the pipeline")
+    unet = trained.load_unet(checkpoint)
+    check_finite(unet)
+    flags = state["flags"]
+    summary = {"steps": state["step"], "images": state["samples_seen"]}
+    with contextlib.suppress(OSError, ValueError):  # the run's own, where this was its last update
+        run = json.loads((Path(checkpoint).resolve().parent / SUMMARY_FILE).read_text(encoding="utf-8"))
+        summary = run if run["steps"] == state["step"] else summary
+    instruction = config.validation_prompt or state.get("instruction", "...")
+    new = output_dir.with_name(f".{output_dir.name}.partial")
+    try:
+        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        _write_export(new, config, flags, unet, summary, output_dir.name, instruction)
+        os.replace(new, output_dir)
+        flush(output_dir.parent)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"--output_dir: {output_dir} cannot be written ({error}); make room or name another") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write_export(folder: Path, config, flags: dict, unet, summary: dict, name: str | None, instruction: str) -> None:
+    """All that an export holds, whole on the disk; the card calls the model `name`, or as --output_dir is called."""
+    _write_pipeline(folder, config, unet)
+    write_json(folder / CONFIG_FILE, _hide_paths(flags))
+    write_text(folder / "README.md", model_card(config, flags, summary, name, instruction))
+    for path in (folder, *folder.rglob("*")):
+        flush(path)
 
 
 def _put_in_place(output_dir: Path) -> None:
@@ -145,7 +179,7 @@ def _finish_export(output_dir: Path) -> None:
 def _write_pipeline(folder: Path, config, unet) -> None:
     """The base model's own files, the UNet in float32, and the index that names the parts."""
     shutil.rmtree(folder, ignore_errors=True)
-    base = sd.base_folder(config)
+    base = base_files.base_folder(config)
     for part in ("scheduler", "tokenizer"):
         for file in sorted((base / part).iterdir()):
             if file.is_file() and not file.name.startswith("."):
@@ -179,10 +213,11 @@ def _write_pipeline(folder: Path, config, unet) -> None:
 
 
 def _copy_model(config, source: Path, stem: str, target: Path) -> None:
-    """Copy a model that training did not change; --variant's weights get the plain name. What is not one safetensors
-    file (pickled, or in several) is loaded and saved as one."""
-    weights = source / f"{stem}{f'.{config.variant}' if config.variant else ''}.safetensors"
-    if weights.is_file():
+    """Copy a model that training did not change; a variant's weights get the plain name. What is not one safetensors
+    file (pickled, in several, or with the other parts) is loaded and saved as one."""
+    variant = base_files.variant_of(config, source.name)
+    weights = source / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+    if weights.is_file() and not base_files.single_file(config):
         _copy(weights, target / f"{stem}.safetensors")
     else:
         sd.load_model(config, source.name).save_pretrained(target, max_shard_size="100GB")

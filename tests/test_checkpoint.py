@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def test_a_failure_while_a_checkpoint_is_written_leaves_the_last_one_in_use(smal
         real(path, content)
 
     monkeypatch.setattr(checkpoints, "write_json", fail_in_the_second)
-    with pytest.raises(UserError, match="--output_dir: checkpoint-2 cannot be written .No space"):
+    with pytest.raises(UserError, match="--output_dir: .*/checkpoint-2 cannot be written .No space.*needs .* MB, free"):
         small_run(checkpointing_steps=1, checkpoints_total_limit=1)
     monkeypatch.setattr(checkpoints, "write_json", real)
     output_dir = tmp_path / "run"
@@ -112,11 +113,82 @@ def test_checkpoints_that_cannot_be_resumed_from(small_run, tmp_path):
     output_dir = small_run(max_train_steps=1, checkpointing_steps=1)
     optimizer = output_dir / "checkpoint-1" / "optimizer.safetensors"
     optimizer.write_bytes(optimizer.read_bytes()[:-10])
-    with pytest.raises(UserError, match="incomplete .optimizer.safetensors"):
+    with pytest.raises(UserError, match="no whole checkpoint in .*: checkpoint-1 .optimizer.safetensors has"):
         small_run(resume_from_checkpoint="latest")
     (output_dir / "checkpoint-1" / "state.json").unlink()
-    with pytest.raises(UserError, match="incomplete .no readable state.json"):
+    with pytest.raises(UserError, match="checkpoint-1 is damaged .no readable state.json"):
         small_run(resume_from_checkpoint="checkpoint-1")
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def blank(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+DAMAGES = {
+    "state.json is missing": ("state.json", Path.unlink, "no readable state.json"),
+    "state.json is cut short": ("state.json", cut_short, "no readable state.json"),
+    "state.json is another's": ("state.json", lambda file: file.write_text('{"step": 4}'), "no readable state.json"),
+    "state.json is nested": ("state.json", lambda file: file.write_text("[" * 10**6), "no readable state.json"),
+    "a file is missing": ("ema.safetensors", Path.unlink, "ema.safetensors is missing"),
+    "a file is cut short": ("optimizer.safetensors", cut_short, "optimizer.safetensors has [0-9]+ bytes instead of"),
+    "a power cut left zeros": (UNET, blank, f"{UNET} holds no tensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def four_updates(base_models, pairs, tmp_path_factory) -> Path:
+    """checkpoint-1 to checkpoint-4 of a run with --use_ema."""
+    from tests.conftest import run_script
+
+    output_dir = tmp_path_factory.mktemp("four") / "run"
+    flags = {"pretrained_model_name_or_path": base_models["finetune"], "train_data_dir": pairs, "resolution": 64}
+    flags |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 4, "learning_rate": 1e-3}
+    flags |= {"seed": 7, "report_to": "none", "use_ema": True, "checkpointing_steps": 1, "output_dir": output_dir}
+    run_script("finetune", **flags)
+    return output_dir
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, four_updates, tmp_path, caplog):
+    file, spoil, reason = DAMAGES[damage]
+    output_dir = copy_tree(four_updates, tmp_path / "run")
+    spoil(output_dir / "checkpoint-4" / file)
+    assert checkpoints.find_checkpoint("latest", output_dir) == output_dir / "checkpoint-3"
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert re.fullmatch(f"damaged: checkpoint-4 .{reason}.*; going on from .*/checkpoint-3, the newest whole one", line)
+    with pytest.raises(UserError, match=f"--resume_from_checkpoint: .*checkpoint-4 is damaged .{reason}"):
+        checkpoints.find_checkpoint("checkpoint-4", output_dir)
+    for step in (1, 2, 3):
+        spoil(output_dir / f"checkpoint-{step}" / file)
+    with pytest.raises(
+        UserError, match=f"no whole checkpoint in .*: checkpoint-4 .{reason}.*, checkpoint-1 "
+    ) as caught:
+        checkpoints.find_checkpoint("latest", output_dir)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_checkpoints_do_not_count_and_are_made_again(four_updates, small_run, tmp_path):
+    """With a limit of one, and the two newest damaged: the last whole one stays until there is a newer whole one."""
+    output_dir = copy_tree(four_updates, tmp_path / "run")
+    for step in (3, 4):
+        cut_short(output_dir / f"checkpoint-{step}" / UNET)
+    flags = {
+        "use_ema": True,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+    }
+    small_run(max_train_steps=3, **flags)
+    assert names(output_dir) == ["checkpoint-3", "checkpoint-4"]
+    assert [checkpoints.damage(path) is None for path in checkpoints.list_checkpoints(output_dir)] == [True, False]
+    small_run(max_train_steps=4, **flags)
+    assert names(output_dir) == ["checkpoint-4"] and checkpoints.damage(output_dir / "checkpoint-4") is None
+    for file in (UNET, "ema.safetensors", "optimizer.safetensors"):
+        assert_same_tensors(output_dir / "checkpoint-4" / file, four_updates / "checkpoint-4" / file)
 
 
 # ---- what is in them

@@ -12,10 +12,14 @@ import torch
 from diffusers import PNDMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from instruct_pix2pix import publishing
+from inference import edit_images
+from instruct_pix2pix import editing, publishing
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.edit_folder import model_fingerprint
 from instruct_pix2pix.models import sd
 from instruct_pix2pix.models.tiny import build_tiny_pipeline
-from tests.conftest import copy_tree, small_photo
+from tests.conftest import copy_tree, run_script, small_photo
+from tools import export_checkpoint
 
 FROZEN = ("scheduler", "text_encoder", "tokenizer", "vae")
 
@@ -27,6 +31,7 @@ def export(base, output_dir, unet=None, **changes):
         "revision": None,
         "non_ema_revision": None,
         "variant": None,
+        "base_config": None,
         "cache_dir": None,
         "dataset_name": None,
         "train_data_dir": "pairs",
@@ -223,6 +228,95 @@ def test_a_base_in_the_newest_layout_is_exported_in_one_that_older_libraries_rea
         read.append((ids, sd.encode_text(pipeline.text_encoder, ids)))
     assert all(torch.equal(one, other) for one, other in zip(*read, strict=True))
     assert np.array_equal(edit(base), edit(output_dir))
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(base_models, pairs, tmp_path_factory) -> Path:
+    """A run of four updates with --use_ema, checkpoint-2 and checkpoint-4 in it."""
+    output_dir = tmp_path_factory.mktemp("trained") / "run"
+    flags = {"pretrained_model_name_or_path": base_models["finetune"], "train_data_dir": pairs, "resolution": 64}
+    flags |= {"train_batch_size": 2, "max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-2, "seed": 7}
+    run_script("finetune", **flags, report_to="none", use_ema=True, output_dir=output_dir)
+    return output_dir
+
+
+def test_a_checkpoint_is_exported_file_by_file_as_training_would_have(trained, small_run, tmp_path):
+    def exported(step: int, folder: Path) -> dict[str, bytes]:
+        export_checkpoint.main([str(trained / f"checkpoint-{step}"), "--output_dir", str(folder)])
+        assert {path.name for path in folder.iterdir()} == {
+            *publishing.EXPORTED,
+            "model_index.json",
+            publishing.CONFIG_FILE,
+        }
+        assert not list(folder.parent.glob(".*"))
+        return contents(folder) | {"flags": (folder / publishing.CONFIG_FILE).read_bytes()}
+
+    (tmp_path / ".run.partial" / "unet").mkdir(parents=True)  # of a killed export
+    last = exported(4, tmp_path / "run")
+    assert last == contents(trained) | {"flags": (trained / publishing.CONFIG_FILE).read_bytes()}
+    before = contents(trained)
+    flags = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "learning_rate": 1e-2, "use_ema": True}
+    shorter = contents(small_run(name="shorter", max_train_steps=2, **flags))
+    second = exported(2, tmp_path / "new" / "second")
+    parts = [name for name in shorter if name != "README.md"]
+    assert {name: second[name] for name in parts} == {name: shorter[name] for name in parts}
+    assert "steps 2, images 4." in second["README.md"].decode() and 'model = "second"' in second["README.md"].decode()
+    assert contents(trained) == before
+
+    with pytest.raises(UserError, match="--output_dir: .*run is not empty; name a new folder"):
+        exported(4, tmp_path / "run")
+    with pytest.raises(UserError, match="is no checkpoint of a training; give OUTPUT_DIR/checkpoint-N"):
+        export_checkpoint.main([str(trained), "--output_dir", str(tmp_path / "other")])
+
+
+def test_a_checkpoint_edits_as_its_export_does(trained, tmp_path):
+    def edited(model: Path, name: str) -> bytes:
+        photo = tmp_path / "photo.png"
+        small_photo().save(photo)
+        usual = ["--instruction", "blur it", "--steps", "2", "--resolution", "64", "--output_dir", str(tmp_path / name)]
+        edit_images.main([str(photo), "--model_id", str(model), *usual])
+        return (tmp_path / name / "photo.png").read_bytes()
+
+    four = edited(trained / "checkpoint-4", "four")
+    assert four == edited(trained, "export") and four != edited(trained / "checkpoint-2", "two")
+    plain = copy_tree(trained / "checkpoint-4", tmp_path / "plain" / "checkpoint-4")
+    state = json.loads((plain / "state.json").read_text())
+    del state["files"]["ema.safetensors"]
+    (plain / "state.json").write_text(json.dumps(state))
+    (plain / "ema.safetensors").unlink()
+    assert edited(plain, "without-the-average") != four
+
+
+def test_what_tells_checkpoints_apart(trained, base_models, tmp_path):
+    prints = {model_fingerprint(str(trained / f"checkpoint-{step}")) for step in (2, 4)}
+    moved = copy_tree(trained / "checkpoint-4", tmp_path / "elsewhere")
+    assert len(prints) == 2 and model_fingerprint(str(moved)) in prints
+    base = copy_tree(base_models["finetune"], tmp_path / "base")
+    state = json.loads((moved / "state.json").read_text())
+    state["flags"]["pretrained_model_name_or_path"] = str(base)
+    (moved / "state.json").write_text(json.dumps(state))
+    before = model_fingerprint(str(moved))
+    (base / "vae" / "config.json").write_text("{}")
+    assert model_fingerprint(str(moved)) != before
+
+
+def test_a_checkpoint_that_is_damaged_or_has_lost_its_base_is_refused(trained, base_model, tmp_path):
+    checkpoint = copy_tree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["flags"]["pretrained_model_name_or_path"] = str(tmp_path / "gone")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="--model_id: .*checkpoint-4 needs its base model.*gone is not a folder"):
+        editing.check_model(str(checkpoint))
+    weights = checkpoint / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UserError, match="--model: .*checkpoint-4 is damaged .unet/.* bytes instead of"):
+        editing.check_model(str(checkpoint), "--model")
+    with pytest.raises(UserError, match="checkpoint: .*checkpoint-4 is damaged"):
+        export_checkpoint.main([str(checkpoint), "--output_dir", str(tmp_path / "export")])
+    assert not (tmp_path / "export").exists()
 
 
 # ---- without paths of this machine

@@ -13,7 +13,7 @@ from tests.conftest import ROOT, to_argv
 NEEDED = ["--pretrained_model_name_or_path=model", "--dataset_name=data"]
 # The flags of the original's scripts, of diffusers' today, and our own.
 FLAGS = """
-    pretrained_model_name_or_path revision variant dataset_name dataset_config_name train_data_dir
+    pretrained_model_name_or_path base_config revision variant dataset_name dataset_config_name train_data_dir
     original_image_column edit_prompt_column edited_image_column val_image_url validation_prompt
     num_validation_images validation_epochs validation_steps max_train_samples output_dir cache_dir seed
     resolution center_crop random_flip train_batch_size num_train_epochs max_train_steps

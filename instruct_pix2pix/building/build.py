@@ -36,6 +36,7 @@ from instruct_pix2pix.files import (
     fingerprint,
     flush,
     for_others,
+    naming,
     write_bytes,
     write_json_lines,
     write_text,
@@ -132,7 +133,8 @@ def build(args, settings: dict, instructions: dict, columns: dict, about: dict, 
     label = "rows" if world == 1 else f"rows, process {rank + 1} of {world}"
     with tqdm(total=total, initial=kept, desc=label, unit=" images", position=rank, mininterval=0.5) as bar:
         for name in missing:
-            write_shard(output_dir, name, shards[name], schema, make_columns, bar)
+            with naming(output_dir / "data" / name):
+                write_shard(output_dir, name, shards[name], schema, make_columns, bar)
     if rank != 0:
         return
     wait_for(output_dir, shards, missing=[name for name in shards if name not in mine])

@@ -1,11 +1,8 @@
 """The parts of a Stable Diffusion pipeline: checked before weights load, loaded, widened, put together, made readable.
 
-`config` is the training's configuration; its base model is pretrained_model_name_or_path, with revision,
-non_ema_revision (the UNet's), variant, cache_dir and hub_token.
+`config` is the training's configuration; models/base_files.py says which flags of it name the base model.
 """
 
-import contextlib
-import functools
 import importlib.util
 import json
 import logging
@@ -20,12 +17,13 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import hf_hub_download
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.cli import UserError, first_line
 from instruct_pix2pix.files import write_json, write_text, written_whole
+from instruct_pix2pix.models import base_files
 
 logger = logging.getLogger(__name__)
 
@@ -45,73 +43,43 @@ PIXELS_PER_PASS = 16 * 256 * 256  # of each side of the pairs, in one pass of th
 
 
 def read_base_configs(config) -> dict[str, dict]:
-    """Configurations of the base model's "unet", "vae" and "scheduler", read without loading a weight.
+    """Configurations of the base model's "unet", "vae", "scheduler" and "text_encoder", read without loading a weight.
 
-    Raises UserError where the folder or repository is missing, incomplete or unreadable.
+    Raises UserError where the folder, file or repository is missing, incomplete or unreadable, where a pickled file
+    holds more than weights, and where --variant names weights that are not there.
     """
-    name = config.pretrained_model_name_or_path
-    if os.path.isdir(name):
-        for folder, file in CONFIG_FILES.items():
-            if not (Path(name) / folder / file).is_file():
+    name, file = config.pretrained_model_name_or_path, base_files.single_file(config)
+    source = base_files.source_of(config)
+    if os.path.isdir(source):
+        for folder, part in CONFIG_FILES.items():
+            if not (Path(source) / folder / part).is_file():
                 raise UserError(
-                    f"--pretrained_model_name_or_path: {name} has no {folder}/{file}; it needs a whole Stable"
+                    f"{base_files.source_flag(config)}: {source} has no {folder}/{part}; it needs a whole Stable"
                     f" Diffusion pipeline in diffusers' format ({', '.join(CONFIG_FILES)})"
                 )
-        for folder in ("text_encoder", "vae", "unet"):
-            weights = [f for f in (Path(name) / folder).iterdir() if f.suffix in (".safetensors", ".bin")]
-            if not weights:
-                raise UserError(f"--pretrained_model_name_or_path: {name}/{folder} holds no weights (.safetensors)")
-    elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif os.path.exists(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(
-            f"--pretrained_model_name_or_path: {name} is not a folder; give a pipeline's folder or a Hub id"
+            f"{base_files.source_flag(config)}: {source} is not a folder; give a pipeline's folder or a Hub id"
         )
 
     classes = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "scheduler": DDPMScheduler}
     configs = {}
     for folder, cls in classes.items():
-        with _explained(name, folder):
-            configs[folder] = dict(cls.load_config(name, subfolder=folder, **_where(config, folder)))
+        with base_files.explained(config, folder):
+            configs[folder] = dict(cls.load_config(source, subfolder=folder, **base_files.where(config, folder)))
+    with base_files.explained(config, "text_encoder"):
+        text = CLIPTextConfig.from_pretrained(
+            source, subfolder="text_encoder", **base_files.where(config, "text_encoder")
+        )
+    configs["text_encoder"] = text.to_dict()
+    if file:
+        configs["unet"]["in_channels"] = base_files.layout(file)[1]
+        return configs
+    variants = {part: base_files.variant_of(config, part) for part in ("unet", "vae", "text_encoder")}
+    found = sorted(part for part, variant in variants.items() if variant != config.variant)
+    if found:
+        logger.info("%s of %s: only %s weights are there, and used", ", ".join(found), name, variants[found[0]])
     return configs
-
-
-def base_folder(config, part: str | None = None) -> Path:
-    """The folder with the base model's files: the local one, or the Hub's snapshot in the cache, which holds what has
-    been loaded so far. The UNet's may be another revision."""
-    name = config.pretrained_model_name_or_path
-    if os.path.isdir(name):
-        return Path(name)
-    revision = (config.non_ema_revision or config.revision) if part == "unet" else config.revision
-    return _snapshot(name, revision, config.cache_dir, config.hub_token)
-
-
-@functools.cache  # asked once: a branch that moves on during a long run changes nothing
-def _snapshot(name: str, revision: str | None, cache_dir: str | None, token: str | None) -> Path:
-    file = hf_hub_download(name, "unet/config.json", revision=revision, cache_dir=cache_dir, token=token)
-    return Path(file).parents[1]
-
-
-def _where(config, part: str) -> dict:
-    """Where from_pretrained and load_config find a part of the base model; of a branch, the commit first seen."""
-    local = os.path.isdir(config.pretrained_model_name_or_path)
-    return {
-        "revision": None if local else base_folder(config, part).name,
-        "cache_dir": config.cache_dir,
-        "token": config.hub_token,
-    }
-
-
-@contextlib.contextmanager
-def _explained(name: str, folder: str):
-    """Turns what the libraries raise for a missing or broken part into one line that names it."""
-    try:
-        yield
-    except Exception as error:
-        # The libraries have no common error of their own; what they raise for files is among these.
-        library = type(error).__module__.startswith(("safetensors", "huggingface_hub", "pickle", "_pickle"))
-        if not library and not isinstance(error, (OSError, ValueError, RuntimeError)):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--pretrained_model_name_or_path: cannot read {folder} of {name}: {reason}") from error
 
 
 def check_channels(configs: dict, expected: int, name: str) -> None:
@@ -140,6 +108,17 @@ def check_channels(configs: dict, expected: int, name: str) -> None:
     raise UserError(
         f"--pretrained_model_name_or_path: {name} has a UNet of {channels} input channels; this script needs {expected}"
     )
+
+
+def count_parameters(configs: dict) -> dict[str, int]:
+    """How many weights the trained "unet", the "vae" and the "text_encoder" have, from their configurations alone."""
+    with torch.device("meta"):
+        models = {
+            "unet": UNet2DConditionModel.from_config(configs["unet"] | {"in_channels": 8}),
+            "vae": AutoencoderKL.from_config(configs["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
+        }
+    return {part: sum(p.numel() for p in model.parameters()) for part, model in models.items()}
 
 
 def _factor(config: dict) -> int:
@@ -218,18 +197,44 @@ def load_frozen(config) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
 
 
 def load_tokenizer(config) -> CLIPTokenizer:
-    name = config.pretrained_model_name_or_path
-    with _explained(name, "tokenizer"):
-        return CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **_where(config, "tokenizer"))
+    with base_files.explained(config, "tokenizer"):
+        return CLIPTokenizer.from_pretrained(
+            base_files.source_of(config), subfolder="tokenizer", **base_files.where(config, "tokenizer")
+        )
 
 
 def load_model(config, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
     """The base model's "text_encoder", "vae" or "unet" in float32, on the CPU. UserError where it cannot be read."""
-    name = config.pretrained_model_name_or_path
     cls = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}[part]
-    with _explained(name, part):
-        where = _where(config, part)
-        return cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=config.variant, **where)
+    if base_files.single_file(config):
+        return _convert(config, cls, part)
+    with base_files.explained(config, part):
+        variant, where = base_files.variant_of(config, part), base_files.where(config, part)
+        name = config.pretrained_model_name_or_path
+        return cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=variant, **where)
+
+
+def _convert(config, cls: type, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
+    """A part of a base model in one file: its tensors as diffusers renames them, in the sizes that the configuration
+    says. UserError where they do not fit it."""
+    file, folder = base_files.single_file(config), base_files.base_folder(config, part)
+    tensors = base_files.read_tensors(file)
+    where = {"subfolder": part, "config": str(folder), "local_files_only": True}
+    try:
+        if part == "text_encoder":
+            model = create_diffusers_clip_model_from_ldm(cls, tensors, **where)
+        else:
+            channels = {"in_channels": base_files.layout(file)[1]} if part == "unet" else {}
+            model = cls.from_single_file(tensors, **where, **channels)
+        missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+    except Exception as error:  # the converters trust the file
+        raise UserError(
+            f"--pretrained_model_name_or_path: the weights of {file} do not fit the {part} of"
+            f" {base_files.source_of(config)} ({first_line(error)}); name a pipeline of their kind by --base_config"
+        ) from error
+    return model.float()
 
 
 def enable_memory_efficient_attention(unet: UNet2DConditionModel) -> None:

@@ -26,7 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import flush, write_json
+from instruct_pix2pix.files import flush, free_space, in_megabytes, write_json
+from instruct_pix2pix.models.trained import EMA_FILE, STATE_FILE, UNET_FILE, damage, read_state
 from instruct_pix2pix.training.ema import EMA
 
 logger = logging.getLogger(__name__)
@@ -41,34 +42,39 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """The folder to resume from, checked to be whole; None for `latest` where there is none yet."""
+    """The folder to resume from, checked to be whole; None for `latest` where there is none yet.
+
+    `latest` passes over damaged ones, which is said, and is a UserError where all are damaged, as is a damaged
+    checkpoint that was named.
+    """
     if resume_from is None:
         return None
     if resume_from == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
-            return None
-        path = found[-1]
-    else:
-        path = Path(resume_from)
-        if not path.is_dir() and (Path(output_dir) / resume_from).is_dir():
-            path = Path(output_dir) / resume_from
+        return _newest_whole(output_dir)
+    path = Path(resume_from)
+    if not path.is_dir() and (Path(output_dir) / resume_from).is_dir():
+        path = Path(output_dir) / resume_from
     if not path.is_dir():
         raise UserError(f"--resume_from_checkpoint: {resume_from} does not exist; give a checkpoint folder or latest")
-    try:
-        files = read_state(path)["files"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"--resume_from_checkpoint: {path} is incomplete (no readable state.json)") from None
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"--resume_from_checkpoint: {path} is incomplete ({name} is missing or cut short)")
+    if damaged := damage(path):
+        raise UserError(f"--resume_from_checkpoint: {path} is damaged ({damaged}); give another one or latest")
     return path
 
 
-def read_state(checkpoint: Path) -> dict:
-    with open(Path(checkpoint) / "state.json", encoding="utf-8") as file:
-        return json.load(file)
+def _newest_whole(output_dir: Path) -> Path | None:
+    damaged = []
+    for path in reversed(list_checkpoints(output_dir)):
+        if (reason := damage(path)) is None:
+            if damaged:
+                logger.warning("damaged: %s; going on from %s, the newest whole one", ", ".join(damaged), path)
+            return path
+        damaged.append(f"{path.name} ({reason})")
+    if damaged:
+        raise UserError(
+            f"--resume_from_checkpoint: no whole checkpoint in {output_dir}: {', '.join(damaged)}; restore one, or name"
+            " another --output_dir to start anew"
+        )
+    return None
 
 
 class Writer:
@@ -94,11 +100,11 @@ class Writer:
         self.wait()
         parameters = dict(unet.named_parameters())
         optimizer_tensors, rest = _flatten_optimizer(optimizer, parameters)
-        tensors = {"unet/diffusion_pytorch_model.safetensors": unet.state_dict()}
+        tensors = {UNET_FILE: unet.state_dict()}
         tensors["optimizer.safetensors"] = optimizer_tensors
         state = {**state, "optimizer": rest}
         if ema is not None:
-            tensors["ema.safetensors"] = dict(zip(parameters, ema.shadow, strict=True))
+            tensors[EMA_FILE] = dict(zip(parameters, ema.shadow, strict=True))
             state["ema_updates"] = ema.updates
         size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         copied = size < SHARE_OF_MEMORY * available_memory()
@@ -172,13 +178,16 @@ def _write(
     try:
         _write_folder(output_dir / f".{name}.partial", state, config, tensors)
         _put_in_place(output_dir, name)
-        for old in list_checkpoints(output_dir)[:-limit] if limit is not None else []:
-            shutil.rmtree(old)
+        if limit is not None:  # a damaged one does not count: it must not outlive the last that is whole
+            for old in [path for path in list_checkpoints(output_dir) if damage(path) is None][:-limit]:
+                shutil.rmtree(old)
     except (OSError, SafetensorError) as error:  # most often a full disk
         shutil.rmtree(output_dir / f".{name}.partial", ignore_errors=True)
+        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         raise UserError(
-            f"--output_dir: {name} cannot be written ({error}); the checkpoints before it are whole, make room and go"
-            " on with --resume_from_checkpoint latest"
+            f"--output_dir: {output_dir / name} cannot be written ({error}): it needs {in_megabytes(needed)}, free are"
+            f" {in_megabytes(free_space(output_dir))}; the checkpoints before it are whole, make room and go on with"
+            " --resume_from_checkpoint latest"
         ) from error
 
 
@@ -189,7 +198,7 @@ def _write_folder(folder: Path, state: dict, config: dict, tensors: dict[str, di
     for file, group in tensors.items():
         save_file({name: t.cpu().contiguous() for name, t in group.items()}, folder / file, {"format": "pt"})
     files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    write_json(folder / "state.json", {**state, "files": files})
+    write_json(folder / STATE_FILE, {**state, "files": files})
     for path in folder.rglob("*"):
         flush(path)
 
@@ -226,8 +235,8 @@ def load_training_state(
     """Fill optimizer and EMA from a checkpoint (the UNet is loaded with the other components); returns its state."""
     state = read_state(checkpoint)
     parameters = dict(unet.named_parameters())
-    if ema is not None and (Path(checkpoint) / "ema.safetensors").is_file():
-        stored = load_file(Path(checkpoint) / "ema.safetensors")
+    if ema is not None and (Path(checkpoint) / EMA_FILE).is_file():
+        stored = load_file(Path(checkpoint) / EMA_FILE)
         for name, shadow in zip(parameters, ema.shadow, strict=True):
             shadow.copy_(stored[name])
         ema.updates = state["ema_updates"]

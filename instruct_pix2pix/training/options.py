@@ -39,9 +39,22 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     model = parser.add_argument_group("model")
     add = model.add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Folder or Hub id of the base model.")
+    add(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="Folder or Hub id of the base model, or Stable Diffusion 1 or 2 in one file (.safetensors, .ckpt).",
+    )
+    add(
+        "--base_config",
+        metavar="FOLDER_OR_ID",
+        help="Pipeline whose configurations and tokenizer a base model in one file goes by. When left out, from the"
+        " Hub: Stable Diffusion 1.5's, or InstructPix2Pix's where the file has 8 input channels.",
+    )
     add("--revision", help="Branch, tag or commit of the base model on the Hub.")
-    add("--variant", help="File variant of the base model's weights, such as fp16.")
+    add(
+        "--variant",
+        help="File variant of the base model's weights, such as fp16, which is found without it where nothing else is.",
+    )
     add("--non_ema_revision", help="Revision to take the UNet from; --revision when left out.")
     add(
         "--cache_dir",

@@ -21,7 +21,9 @@ from instruct_pix2pix.data import latent_cache
 from instruct_pix2pix.data.order import SampleOrder
 from instruct_pix2pix.data.sources import source_of
 from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, load_triples
+from instruct_pix2pix.files import check_folder, free_space
 from instruct_pix2pix.models import sd
+from instruct_pix2pix.models.trained import damage
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step
 from instruct_pix2pix.training.config import Config, resolve, resolved
@@ -50,6 +52,7 @@ class Plan:
     checkpoint: Path | None  # to resume from
     first_step: int  # updates already done
     first_position: int  # samples already seen
+    space_needed: int  # bytes in --output_dir
     validation_image: Image.Image | None
     validation_rows: list[HeldOut]
     repo_id: str | None
@@ -140,6 +143,7 @@ def start_accelerator(args) -> Accelerator:
 def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     """Everything that can go wrong before weights load, and the numbers that follow from flags and data."""
     output_dir = Path(args.output_dir)
+    check_folder("--output_dir", output_dir)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, output_dir)
     state = checkpoints.read_state(checkpoint) if checkpoint else {"step": 0, "samples_seen": 0}
     _refuse_to_overwrite(output_dir, checkpoint)
@@ -156,8 +160,10 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     _say_what_is_unusual(config)
     if checkpoint is not None:
         _say_what_changed(config, state)
+    space_needed = _space_needed(config, configs, state["step"])
     validation_image, validation_rows, repo_id = None, [], None
     if accelerator.is_main_process:
+        check_folder("--output_dir", output_dir, space_needed, "what training writes (checkpoints and the pipeline)")
         validation_rows = load_held_out(config, source)
     if not config.dry_run and accelerator.is_main_process:
         validation_image = load_validation_image(config, multiple=sd.resolution_multiple(configs))
@@ -174,6 +180,7 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
         checkpoint=checkpoint,
         first_step=state["step"],
         first_position=state["samples_seen"],
+        space_needed=space_needed,
         validation_image=validation_image,
         validation_rows=validation_rows,
         repo_id=repo_id,
@@ -200,6 +207,7 @@ def print_dry_run(plan: Plan) -> None:
         "updates_already_done": plan.first_step,
         "epochs": round(plan.epoch(config.max_train_steps), 3),
         "prediction_type": plan.prediction_type,
+        "disk_space": {"needed_bytes": plan.space_needed, "free_bytes": free_space(config.output_dir)},
     }
     json.dump(described, sys.stdout, indent=2)
     print()
@@ -210,6 +218,7 @@ def _refuse_to_overwrite(output_dir: Path, checkpoint: Path | None) -> None:
     where they could not be told apart afterwards."""
     kept = checkpoints.list_checkpoints(output_dir)
     if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
+        kept = [path for path in kept if damage(path) is None]
         if checkpoint.name != kept[-1].name:
             raise UserError(
                 f"--resume_from_checkpoint: {checkpoint.name} is not the newest of {output_dir}; move {kept[-1].name}"
@@ -226,6 +235,20 @@ def _refuse_to_overwrite(output_dir: Path, checkpoint: Path | None) -> None:
     in_the_way = [name for name in publishing.EXPORTED if (output_dir / name).exists()]
     if in_the_way and not (output_dir / publishing.CONFIG_FILE).exists():
         raise UserError(f"--output_dir: {output_dir} holds {in_the_way[0]}, which is not a run's; name another folder")
+
+
+def _space_needed(config, configs: dict, first_step: int) -> int:
+    """Bytes for two checkpoints, of which one makes room for the next, and the pipeline; none where all is done.
+
+    float32: the UNet, AdamW's two moments (of 8 bits with --use_8bit_adam), the average; the pipeline's three models.
+    """
+    counts, left = sd.count_parameters(configs), config.max_train_steps - first_step
+    moments = 2.1 if config.use_8bit_adam else 8  # with the scales of 256 values each
+    checkpoint = counts["unet"] * (4 + moments + 4 * config.use_ema)
+    # Of a run that goes on, one lies there already; a short run writes but one.
+    going_on = bool(checkpoints.list_checkpoints(Path(config.output_dir)))
+    to_come = 0 if left <= 0 else 1 if going_on or left <= config.checkpointing_steps else 2
+    return int(to_come * checkpoint + 4 * sum(counts.values()))
 
 
 def _agree_on_seed(args, state: dict) -> int:

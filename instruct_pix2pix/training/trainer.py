@@ -9,7 +9,7 @@ import torch
 
 from instruct_pix2pix import publishing
 from instruct_pix2pix.cli import RowError
-from instruct_pix2pix.files import write_json
+from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
@@ -34,14 +34,15 @@ def train(args, expected_in_channels: int) -> None:
             print_dry_run(plan)
         return
     try:
-        run = build(plan)
-        if accelerator.is_main_process:
-            checkpoints.remove_partial(Path(run.config.output_dir))
-            publishing.begin(run.config.output_dir, resolved(run.config))
-        write_skipped(run)
-        start_trackers(accelerator, run.config)
-        summary = run_updates(run)
-        finish(run, summary)
+        with naming(plan.config.output_dir):
+            run = build(plan)
+            if accelerator.is_main_process:
+                checkpoints.remove_partial(Path(run.config.output_dir))
+                publishing.begin(run.config.output_dir, resolved(run.config))
+            write_skipped(run)
+            start_trackers(accelerator, run.config)
+            summary = run_updates(run)
+            finish(run, summary)
     except RuntimeError as error:
         if steps.is_out_of_memory(error):
             raise steps.memory_shortage(plan.config) from error
@@ -122,6 +123,7 @@ def write_checkpoint(run: Run, step: int) -> None:
         "seed": run.config.seed,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
         "flags": resolved(run.config),
+        "instruction": run.triples.first_instruction(),  # for the card of an export
     }
     limit = run.config.checkpoints_total_limit
     run.checkpoints.save(Path(run.config.output_dir), state, run.unet, run.optimizer, run.ema, limit)
@@ -149,7 +151,7 @@ def finish(run: Run, summary: dict) -> None:
         with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
             instruction = config.validation_prompt or run.triples.first_instruction()
             publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
-        write_json(Path(config.output_dir) / "training_summary.json", summary)
+        write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)
     validate(run, config.max_train_steps)
     if run.repo_id is not None:  # on the main process only

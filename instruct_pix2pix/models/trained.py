@@ -1,0 +1,120 @@
+"""A checkpoint of a training as a model: whether it is whole, and the editor it stands for.
+
+instruct_pix2pix/training/checkpoint.py says what lies in the folder. Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from instruct_pix2pix.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+
+EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
+UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+# What state.json must hold, and the files without which there is nothing to go on with.
+STATE_TYPES = {"step": int, "samples_seen": int, "flags": dict, "optimizer": dict, "files": dict}
+NEEDED_FILES = {"unet/config.json", UNET_FILE, "optimizer.safetensors"}
+
+
+def is_checkpoint(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a checkpoint of a training, whole or damaged."""
+    folder = Path(folder)
+    named = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
+    return folder.is_dir() and (named or (folder / STATE_FILE).is_file()) and not (folder / "model_index.json").exists()
+
+
+def read_state(checkpoint: str | os.PathLike) -> dict:
+    """What state.json holds. OSError or ValueError where it is missing, unreadable or no checkpoint's."""
+    state = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in STATE_TYPES.items()):
+        raise ValueError(f"{STATE_FILE} lacks one of {', '.join(STATE_TYPES)}")
+    if not isinstance(state["flags"].get("pretrained_model_name_or_path"), str):
+        raise ValueError(f"{STATE_FILE} names no base model")
+    return state
+
+
+def damage(checkpoint: str | os.PathLike) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if every file has its size and, of tensors, its header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        files = read_state(checkpoint)["files"]
+    except (OSError, ValueError, RecursionError):
+        return f"no readable {STATE_FILE}"
+    for name in [*files, *sorted(NEEDED_FILES - files.keys())]:
+        file = os.path.join(checkpoint, name)
+        if not os.path.isfile(file):
+            return f"{name} is missing"
+        if (size := os.path.getsize(file)) != files.get(name):
+            return f"{name} has {size} bytes instead of {files.get(name, 'a known number')}"
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(file, "np"):
+                    pass
+            except (OSError, SafetensorError):
+                return f"{name} holds no tensors"
+    return None
+
+
+def configuration(checkpoint: str | os.PathLike) -> SimpleNamespace:
+    """The flags that a whole checkpoint was trained with, for `models.sd` and `publishing`."""
+    flags = read_state(checkpoint)["flags"]
+    left_out = dict.fromkeys(("base_config", "revision", "non_ema_revision", "variant", "cache_dir"))
+    config = SimpleNamespace(**left_out | flags | {"hub_token": None})
+    if config.cache_dir and not os.path.isdir(config.cache_dir):  # trained on another machine
+        config.cache_dir = None
+    return config
+
+
+def load_unet(checkpoint: str | os.PathLike) -> UNet2DConditionModel:
+    """The UNet that training would export at a whole checkpoint: the average's weights where there is one. float32."""
+    import torch
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
+
+    unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
+    average = Path(checkpoint) / EMA_FILE
+    if average.is_file():
+        tensors = load_file(average)
+        with torch.no_grad():
+            for name, parameter in unet.named_parameters():
+                parameter.copy_(tensors[name])
+    return unet
+
+
+def check_base(checkpoint: str | os.PathLike, flag: str) -> None:
+    """Raise UserError where a checkpoint is damaged, or its base model cannot give what training did not change."""
+    if damaged := damage(checkpoint):
+        raise UserError(f"{flag}: {checkpoint} is damaged ({damaged}); give another checkpoint or the trained pipeline")
+    from instruct_pix2pix.models import sd
+
+    try:
+        sd.read_base_configs(configuration(checkpoint))
+    except UserError as error:
+        raise UserError(
+            f"{flag}: {checkpoint} needs its base model where training found it (go to the same folder, or correct"
+            f" pretrained_model_name_or_path in its {STATE_FILE}): {error}"
+        ) from error
+
+
+def load_pipeline(checkpoint: str | os.PathLike, dtype: torch.dtype) -> StableDiffusionInstructPix2PixPipeline:
+    """The pipeline that training would export at a checkpoint that passed `check_base`: in float32 or float16, on the
+    CPU."""
+    import torch
+
+    from instruct_pix2pix.models import sd
+
+    config = configuration(checkpoint)
+    tokenizer, *models = *sd.load_frozen(config), load_unet(checkpoint)
+    if dtype == torch.float16:
+        models = [model.half() for model in models]
+    return sd.build_pipeline(sd.read_base_configs(config), tokenizer, *models)
