@@ -172,8 +172,7 @@ def _write(
     try:
         _write_folder(output_dir / f".{name}.partial", state, config, tensors)
         _put_in_place(output_dir, name)
-        for old in list_checkpoints(output_dir)[:-limit] if limit is not None else []:
-            shutil.rmtree(old)
+        remove_old(output_dir, limit)
     except (OSError, SafetensorError) as error:  # most often a full disk
         shutil.rmtree(output_dir / f".{name}.partial", ignore_errors=True)
         raise UserError(
@@ -218,6 +217,12 @@ def remove_partial(output_dir: Path) -> None:
             os.replace(path, final)
     for path in Path(output_dir).glob(".checkpoint-*.partial"):
         shutil.rmtree(path)
+
+
+def remove_old(output_dir: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints; a run killed before it did this leaves it to the next."""
+    for old in list_checkpoints(output_dir)[:-limit] if limit is not None else []:
+        shutil.rmtree(old)
 
 
 def load_training_state(

@@ -50,11 +50,12 @@ def validation_is_due(run, step: int) -> bool:
     return int(run.epoch(step)) // config.validation_epochs > int(run.epoch(step - 1)) // config.validation_epochs
 
 
-def validate(run, step: int) -> None:
+def validate(run, step: int, only_missing: bool = False) -> None:
     """Edit the validation image, where there is one, with the weights that would be exported now; the other processes
-    wait. Frozen models that rest on the CPU beside a latent cache work on the GPU meanwhile. What needs more memory
+    wait. With `only_missing`, not where the picture of this step is there already. Frozen models that rest on the CPU beside a latent cache work on the GPU meanwhile. What needs more memory
     than there is, is left out with a warning."""
-    if run.validation_image is not None:  # on the main process only
+    wanted = run.validation_image is not None  # on the main process only
+    if wanted and not (only_missing and _picture(run.config, step).exists()):
         frozen = (run.text_encoder, run.vae)
         rested = [model.device for model in frozen]
         for model in frozen:
@@ -101,8 +102,11 @@ def show_edits(run, step: int) -> None:
             )
     finally:
         run.unet.train(was_training)
-    folder = Path(config.output_dir) / "validation"
-    folder.mkdir(parents=True, exist_ok=True)
+    _picture(config, step).parent.mkdir(parents=True, exist_ok=True)
     sheet = contact_sheet([([image, *edited], [config.validation_prompt])], cell=max(image.size))
-    write_bytes(folder / f"step-{step:06d}.png", encode_image(sheet, ".png"))
+    write_bytes(_picture(config, step), encode_image(sheet, ".png"))
     log_images(run.accelerator, image, edited, config.validation_prompt, step)
+
+
+def _picture(config, step: int) -> Path:
+    return Path(config.output_dir) / "validation" / f"step-{step:06d}.png"
