@@ -2,10 +2,11 @@
 
     python tools/soak.py --kills 50 --seed 1 --work_dir outputs/soak
 
-Works through JOBS in turn until so many kills were dealt, SIGKILL and SIGTERM alternately. A job is killed and run again
-until it ends; the moment of each kill is drawn uniformly over the time that the uninterrupted run took. Every run is
-the script itself, in a process forked from this one, which has imported the libraries already: an import writes
-nothing, and without it a run starts at once. Ends with a table, and with exit code 1 where a byte differs.
+Works through JOBS in turn until so many kills were dealt, SIGKILL and SIGTERM alternately. A job is killed, run again
+and killed again, at most three times, and then left to end; the moment of each kill is drawn uniformly over the time
+that the uninterrupted run took. Every run is the script itself, in a process forked from this one, which has imported
+the libraries already: an import writes nothing, and without it a run starts at once. Ends with a table, and with exit
+code 1 where a byte differs.
 """
 
 import multiprocessing
@@ -59,37 +60,38 @@ TRAIN = (
 PHOTOS = f"--photos {ROOT}/assets/photos --max_short_side 72 --rows_per_shard 50 --output_dir out"
 EDITING = "--guidance_scale 3 --image_guidance_scale 1.5 --seed 1"
 JOBS = [
-    Job("cartoons", "data_preparation/build_cartoonization.py", f"{PHOTOS} --max_num_samples 100 --cartoonizer opencv"),
-    Job("low level", "data_preparation/build_low_level.py", f"{PHOTOS} --synthesize 300 --all_instructions"),
+    Job("cartoons", "data_preparation/build_cartoonization.py", f"{PHOTOS} --max_num_samples 80 --cartoonizer opencv"),
+    Job("low level", "data_preparation/build_low_level.py", f"{PHOTOS} --synthesize 288 --all_instructions"),
     Job(
         "training",
         "finetune_instruct_pix2pix.py",
-        f"{TRAIN} --dataset_name=../../cartoons/whole/out --max_train_steps=24 --dataloader_num_workers=1"
-        f" --val_image_url={ROOT}/assets/photos/test/sea6.webp --validation_steps=12 --num_validation_images=1"
+        f"{TRAIN} --dataset_name=../../cartoons/whole/out --max_train_steps=16 --dataloader_num_workers=1"
+        f" --val_image_url={ROOT}/assets/photos/test/sea6.webp --validation_steps=8 --num_validation_images=1"
         " --validation_prompt=cartoonize --guidance_scale=1 --image_guidance_scale=1",
     ),
     Job(
         "latent cache",
         "finetune_instruct_pix2pix.py",
-        f"{TRAIN} --dataset_name=../../low_level/whole/out --max_train_steps=6 --cache_latents --cached_crops=1",
+        f"{TRAIN} --dataset_name=../../low_level/whole/out --resolution=32 --max_train_steps=6 --cache_latents"
+        " --cached_crops=1",
     ),
     Job(
         "export",
         "finetune_instruct_pix2pix.py",
-        f"{TRAIN} --dataset_name=../../cartoons/whole/out --max_train_steps=24",
+        f"{TRAIN} --dataset_name=../../cartoons/whole/out --max_train_steps=16",
         start="training",
     ),
     Job(
         "evaluation",
         "evaluation/evaluate.py",
         f"--model ../../training/whole/out --dataset ../../cartoons/whole/out --split test --resolution 64"
-        f" --num_inference_steps 8 --batch_size 4 {EDITING} --output_dir out",
+        f" --num_inference_steps 3 --batch_size 4 {EDITING} --output_dir out",
     ),
     Job(
         "edited folder",
         "inference/edit_images.py",
-        f"{ROOT}/assets/photos/test --instruction cartoonize --model_id ../../training/whole/out --resolution 64"
-        f" --steps 8 --batch_size 4 {EDITING} --output_dir out",
+        f"{ROOT}/assets/photos/test/[fm]*.webp --instruction cartoonize --model_id ../../training/whole/out"
+        f" --resolution 64 --steps 3 --batch_size 4 {EDITING} --output_dir out",
     ),
 ]
 
@@ -213,7 +215,7 @@ def soak(work_dir: Path, kills: int, seed: int) -> dict[str, Outcome]:
     while number < kills:
         job = JOBS[turn % len(JOBS)]
         outcome, folder = outcomes[job.name], prepare(work_dir, job, f"killed-{turn}")
-        before, most = number, min(3, kills - number)
+        before, most = number, min(3, -(-kills // len(JOBS)), kills - number)
         number = kill_until_it_ends(job, folder, outcome, most, rng, number)
         for name, count in differing_bytes(folder.parent / "whole/out", folder / "out"):
             outcome.files, outcome.differing = outcome.files + 1, outcome.differing + count

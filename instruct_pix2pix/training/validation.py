@@ -52,8 +52,8 @@ def validation_is_due(run, step: int) -> bool:
 
 def validate(run, step: int, only_missing: bool = False) -> None:
     """Edit the validation image, where there is one, with the weights that would be exported now; the other processes
-    wait. With `only_missing`, not where the picture of this step is there already. Frozen models that rest on the CPU beside a latent cache work on the GPU meanwhile. What needs more memory
-    than there is, is left out with a warning."""
+    wait. With `only_missing`, not where this step's picture is there already. Frozen models that rest on the CPU beside
+    a latent cache work on the GPU meanwhile. What needs more memory than there is, is left out with a warning."""
     wanted = run.validation_image is not None  # on the main process only
     if wanted and not (only_missing and _picture(run.config, step).exists()):
         frozen = (run.text_encoder, run.vae)
