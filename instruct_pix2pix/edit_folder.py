@@ -68,12 +68,15 @@ def read_instructions(path: str) -> list[tuple[str | None, str]]:
         found = [(None, line) for line in lines if line and not line.startswith("#")]
     else:
         lines = [line for line in text.splitlines() if line.strip()]
-        rows = csv.DictReader(io.StringIO(text)) if path.endswith(".csv") else lines
+        try:
+            rows = list(csv.DictReader(io.StringIO(text))) if path.endswith(".csv") else lines
+        except csv.Error as error:
+            raise UserError(f"--instructions_file: {path} cannot be read ({first_line(error)})") from None
         for number, row in enumerate(rows, start=1):
             try:
                 row = json.loads(row) if isinstance(row, str) else row
                 image, instruction = row["image"].strip(), row["instruction"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 image = instruction = ""
             if not image or not instruction:
                 raise UserError(

@@ -197,8 +197,10 @@ def kill_until_it_ends(job: Job, folder: Path, outcome: Outcome, most: int, rng:
             return number
         sent = SIGNALS[number % 2]
         os.kill(process.pid, sent)
-        # Training finishes its update and exits with 130; one that was at its very end finishes.
-        check_end(job, folder, process, (-sent,) if sent == signal.SIGKILL else (-sent, 130, 0))
+        # 130: training finishes its update first. 0: it was at its very end.
+        check_end(job, folder, process, (-sent, 0) if sent == signal.SIGKILL else (-sent, 130, 0))
+        if process.exitcode == 0:
+            return number
         outcome.kills[sent] += 1
         killed, number = killed + 1, number + 1
 

@@ -313,8 +313,9 @@ for _ in range(8):
 
 def read_tflite(path: Path) -> dict:
     """The generator's convolutions, in the order in which they run; float16 values are widened."""
-    with open(path, "rb") as file:
-        data = file.read(MOST_TFLITE)
+    if path.stat().st_size > MOST_TFLITE:
+        raise ValueError(f"it has {path.stat().st_size} bytes, more than these weights")
+    data = path.read_bytes()
     if data[4:8] != b"TFL3":
         raise ValueError("not a TensorFlow Lite file")
 
