@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.data.triples import load_triples
 from instruct_pix2pix.edit_folder import read_instructions
 from instruct_pix2pix.images import contact_sheet
+from instruct_pix2pix.training import checkpoint as checkpoints
 from tests.conftest import ROOT
 from tests.test_data_whitebox import write_saved_model
 
@@ -321,6 +323,51 @@ def test_numbers_and_lists_without_end(small_weights, tmp_path):
     with refused_or_read():
         message, _ = refusal(tmp_path / "a.tflite", bytes(flat.data))
     assert "a list of 200000" in message
+
+
+# ---- checkpoints
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """(A module, its optimizer, its checkpoint), as training writes it, of a "UNet" of six numbers."""
+
+    class Small(torch.nn.Linear):
+        def to_json_string(self) -> str:
+            return "{}"
+
+    module = Small(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    module(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    writer = checkpoints.Writer()
+    state = {"step": 4, "samples_seen": 8, "seed": 1, "loss_scaler": None}
+    state["flags"] = {"pretrained_model_name_or_path": "base"}
+    writer.save(tmp_path, state, module, optimizer, None, None)
+    writer.wait()
+    writer.close()
+    return module, optimizer, tmp_path / "checkpoint-4"
+
+
+@pytest.mark.xfail(strict=False, reason="damaged checkpoints are not looked into yet")
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+def test_a_checkpoint_of_any_content(name, checkpoint):
+    module, optimizer, folder = checkpoint
+    file = folder / name
+    whole = file.read_bytes()
+
+    @hostile(150)
+    @given(st.binary(max_size=200) | damaged(whole) | VALUES.map(lambda value: json.dumps(value).encode()))
+    def check(content):
+        file.write_bytes(content)
+        with refused_or_read():
+            found = checkpoints.find_checkpoint("latest", folder.parent)
+            assert found == folder
+            checkpoints.load_training_state(found, module, optimizer, None)
+
+    check()
+    file.write_bytes(whole)
+    assert checkpoints.load_training_state(folder, module, optimizer, None)["step"] == 4
 
 
 # ---- cards and reports
