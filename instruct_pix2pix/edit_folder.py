@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 from collections import Counter
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -24,7 +25,15 @@ from typing import TYPE_CHECKING
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, RowError, UserError, first_line, warn
 from instruct_pix2pix.data.sources import source_of
-from instruct_pix2pix.files import check_folder, file_sha256, free_space, in_megabytes, write_bytes
+from instruct_pix2pix.files import (
+    check_folder,
+    file_sha256,
+    flush,
+    free_space,
+    in_megabytes,
+    write_bytes,
+    write_json_lines,
+)
 from instruct_pix2pix.images import (
     BadImage,
     contact_sheet,
@@ -44,6 +53,7 @@ if TYPE_CHECKING:
 
 CONTACT_SHEET = "contact_sheet.png"
 RECORD = "edits.jsonl"
+READY = ".ready"  # a folder: outputs that are written, and not yet all in their places
 # Two outputs are the same edit if these fields of their records agree.
 SETTINGS = "input_sha256 instruction model seed steps image_guidance_scale guidance_scale resolution".split()
 
@@ -78,12 +88,15 @@ def read_instructions(path: str) -> list[tuple[str | None, str]]:
         found = [(None, line) for line in lines if line and not line.startswith("#")]
     else:
         lines = [line for line in text.splitlines() if line.strip()]
-        rows = csv.DictReader(io.StringIO(text)) if path.endswith(".csv") else lines
+        try:
+            rows = list(csv.DictReader(io.StringIO(text))) if path.endswith(".csv") else lines
+        except csv.Error as error:
+            raise UserError(f"--instructions_file: {path} cannot be read ({first_line(error)})") from None
         for number, row in enumerate(rows, start=1):
             try:
                 row = json.loads(row) if isinstance(row, str) else row
                 image, instruction = row["image"].strip(), row["instruction"].strip()
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 image = instruction = ""
             if not image or not instruction:
                 raise UserError(
@@ -267,14 +280,14 @@ def read_records(output_dir: Path) -> dict[str, list[dict]]:
     return records
 
 
-def append_record(output_dir: Path, record: dict) -> None:
-    """Add a line to edits.jsonl and see it on the disk; starts a new line if the last one was cut short."""
+def append_records(output_dir: Path, records: list[dict]) -> None:
+    """Add lines to edits.jsonl and see them on the disk; starts a new line if the last one has no end."""
     with (output_dir / RECORD).open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
         file.flush()
         os.fsync(file.fileno())
 
@@ -312,17 +325,57 @@ def is_finished(output_dir: Path, output: str, settings: dict, records: dict, ov
     return True
 
 
-def keep(output_dir: Path, output: str, content: bytes, record: dict) -> None:
-    """Write an output and its record.
+def keep(output_dir: Path, outputs: list[tuple[dict, bytes]]) -> None:
+    """Write outputs, each a record that names the "output" and the bytes of the file: all of them, or none.
 
-    The record goes first: if the run dies between the two, the output is missing and will be made, whereas an
-    output without a record would look like somebody else's file.
+    What a killed run had ready, the next one puts in place. So a batch is never split, and those after it go through
+    the model in the same company as without the kill: in another, their last bits would differ.
     """
-    path = output_dir / output
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sha256 = hashlib.sha256(content).hexdigest()
-    append_record(output_dir, {"output": output} | record | {"output_sha256": sha256})
-    write_bytes(path, content)
+    partial, records = output_dir / f"{READY}.partial", []
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for number, (record, content) in enumerate(outputs):
+            (partial / str(number)).write_bytes(content)
+            records.append(record | {"output_sha256": hashlib.sha256(content).hexdigest()})
+        write_json_lines(partial / RECORD, records)
+        for path in (*partial.iterdir(), partial):
+            flush(path)
+        os.replace(partial, output_dir / READY)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # there only where something went wrong, such as a full disk
+    put_in_place(output_dir, {})
+
+
+def put_in_place(output_dir: Path, known: dict[str, list[dict]]) -> None:
+    """Move what is ready to where it belongs, after its records: an output without one would look like somebody else's.
+    Those that are `known` are there already."""
+    ready = output_dir / READY
+    records = [json.loads(line) for line in (ready / RECORD).read_text(encoding="utf-8").splitlines()]
+    append_records(output_dir, [record for record in records if record not in known.get(record["output"], [])])
+    for number, record in enumerate(records):
+        if (ready / str(number)).exists():
+            path = output_dir / record["output"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(ready / str(number), path)
+    os.replace(ready, ready.with_suffix(".partial"))
+    shutil.rmtree(ready.with_suffix(".partial"))
+
+
+def finish_writes(output_dir: Path) -> None:
+    """After a kill: sweep up what was half written, and put in place what was ready. Raises UserError where another
+    file has come to lie there."""
+    shutil.rmtree(output_dir / f"{READY}.partial", ignore_errors=True)
+    record_file, ready = output_dir / RECORD, output_dir / READY
+    content = record_file.read_bytes() if record_file.exists() else b""
+    last_line = content.rpartition(b"\n")[2]
+    if last_line and not last_line.endswith(b"}"):
+        os.truncate(record_file, len(content) - len(last_line))
+    if ready.exists():
+        known = read_records(output_dir)
+        for line in (ready / RECORD).read_text(encoding="utf-8").splitlines():
+            own_record(output_dir, json.loads(line)["output"], known)
+        put_in_place(output_dir, known)
 
 
 def look_through(args, edits: list[Edit]):
@@ -447,20 +500,21 @@ def read_batch(batch: list[Edit], multiple: int, args):
 
 
 def write_batch(records: dict[Edit, dict], results: list[Image.Image | str], args):
-    """Write what `editing.edit_batch` returned, each in its image's size, one after the other with its record.
+    """Write what `editing.edit_batch` returned, each in its image's size, with its record.
 
     Returns (edits made, {image: why it has no output}). Raises OSError where the disk takes no more.
     """
-    made: list[Edit] = []
+    outputs: dict[Edit, tuple[dict, bytes]] = {}
     left_out: dict[str, str] = {}
     for (edit, record), result in zip(records.items(), results, strict=True):
         if isinstance(result, str):
             left_out[str(edit.image)] = f"{edit.image}: {result}"
             continue
         result = editing.restore_image(result, (record["width"], record["height"]), args.resolution)
-        keep(Path(args.output_dir), edit.output, encode_image(result, f".{args.format}"), record)
-        made.append(edit)
-    return made, left_out
+        outputs[edit] = {"output": edit.output} | record, encode_image(result, f".{args.format}")
+    if outputs:
+        keep(Path(args.output_dir), list(outputs.values()))
+    return list(outputs), left_out
 
 
 def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[int, int]]):
@@ -524,21 +578,21 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
         for batch, (images, unreadable) in zip(batches, one_ahead(background, read, batches), strict=True):
             left_out |= unreadable
             bar.update(len(batch) - len(images))
+            records, results = {}, []
             # Again by size: what turns an image may stand at its file's end, where `image_size` does not look.
             for group in make_batches({edit: image.size for edit, (image, _) in images.items()}, 1, args.batch_size):
                 seeds = [noise_seed(args.seed, settings[edit]["input_sha256"]) for edit in group]
-                results = edit_with_fallback([e.instruction for e in group], [images[e][0] for e in group], seeds)
+                results += edit_with_fallback([e.instruction for e in group], [images[e][0] for e in group], seeds)
                 edited += len(group)
                 bar.update(len(group))
-                records = {}
                 for edit, seed in zip(group, seeds, strict=True):
                     width, height = images[edit][1]
                     records[edit] = {"image": str(edit.image)} | settings[edit]
                     records[edit] |= {"model_id": args.model_id, "noise_seed": seed}
                     records[edit] |= {"width": width, "height": height, "device": pipeline.device.type}
-                if writes:
-                    writes[-1].result()  # one at a time, so that records stay in order and a full disk ends the run
-                writes.append(background.submit(write_batch, records, results, args))
+            if writes:
+                writes[-1].result()  # one at a time, so that records stay in order and a full disk ends the run
+            writes.append(background.submit(write_batch, records, results, args))
         show_progress(None, args.steps - 1, None, None)
     for write in writes:
         finished, failed = write.result()
@@ -557,7 +611,7 @@ def write_contact_sheet(edits: list[Edit], args, records: dict) -> None:
     content = encode_image(contact_sheet(entries, cell=256), ".png")
     record = own_record(output_dir, CONTACT_SHEET, records)
     if record is None or record["output_sha256"] != hashlib.sha256(content).hexdigest():
-        keep(output_dir, CONTACT_SHEET, content, {})
+        keep(output_dir, [({"output": CONTACT_SHEET}, content)])
 
 
 def edit_folder(args) -> bool:
@@ -568,6 +622,10 @@ def edit_folder(args) -> bool:
     edits = plan(args)
     check_folder("--output_dir", output_dir)
     editing.check_model(args.model_id)
+    try:
+        finish_writes(output_dir)
+    except OSError as error:
+        raise UserError(f"--output_dir: {output_dir} cannot be written to ({first_line(error)})") from None
     settings, finished, sizes, left_out, scaled = look_through(args, edits)
     if not settings:
         raise UserError(f"{next(iter(left_out.values()))}; none of {len(left_out)} images can be read")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, content: str) -> None:
-    write_bytes(path, content.encode("utf-8"))
+    """As UTF-8; what has no place there, such as a stray byte of a command line, as its number (and so still JSON)."""
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: str | os.PathLike, content) -> None:
@@ -113,3 +115,26 @@ def for_others(argument) -> str:
     flag, equals, value = str(argument).rpartition("=")
     local = os.path.isabs(value) or (value and os.path.exists(value))
     return flag + equals + (os.path.basename(os.path.abspath(value)) if local else value)
+
+
+def as_text(value) -> str:
+    """Any text, of a user or of a file, for a line of Markdown: shown as it is and never markup."""
+    return re.sub(r"([\\`*<>\[\]|&])", r"\\\1", " ".join(str(value).split()))
+
+
+def as_code(value) -> str:
+    """Any text as one Markdown code span. In a table, its | needs a backslash before it."""
+    text = " ".join(str(value).split()) or " "
+    fence = "`" * (1 + _most_backticks(text))
+    pad = " " if "`" in (text[0], text[-1]) else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def code_block(language: str, content: str) -> str:
+    """Any lines as a Markdown code block."""
+    fence = "`" * max(3, 1 + _most_backticks(content))
+    return f"{fence}{language}\n{content}\n{fence}"
+
+
+def _most_backticks(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)

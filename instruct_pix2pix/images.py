@@ -264,7 +264,7 @@ def contact_sheet(
         images = [image.copy() for image in images]
         for image in images:
             image.thumbnail((cell, cell), Image.Resampling.LANCZOS)
-        shown.append((images, [" ".join(text.split()) for text in lines]))
+        shown.append((images, [" ".join(text[:1000].split()) for text in lines]))  # no line is so long
     across = max(len(images) for images, _ in shown)
     slot = max(image.width for images, _ in shown for image in images)
     width = across * (slot + gap) + gap

@@ -14,14 +14,25 @@ from pathlib import Path
 
 import diffusers
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import check_folder, flush, for_others, free_space, in_megabytes, write_json, write_text
+from instruct_pix2pix.files import (
+    as_code,
+    as_text,
+    check_folder,
+    code_block,
+    flush,
+    for_others,
+    free_space,
+    in_megabytes,
+    write_json,
+    write_text,
+)
 from instruct_pix2pix.models import base_files, sd, trained
 
 logger = logging.getLogger(__name__)
@@ -31,6 +42,7 @@ SUMMARY_FILE = "training_summary.json"
 INDEX_FILE = "model_index.json"  # what makes a folder a pipeline
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 EXPORTED = ("README.md", *PIPELINE_FOLDERS)
+MOST_METADATA = 1 << 18  # characters of a base model's card that are looked at
 # Only these are uploaded: never checkpoints, caches, logs or trackers' files.
 PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, *(f"{folder}/*" for folder in PIPELINE_FOLDERS)]
 
@@ -276,12 +288,13 @@ def _hub_id(name: str | None) -> str | None:
 def base_licence(name: str) -> str | None:
     """The licence the base model's own card states, where that card can be read."""
     try:
-        path = Path(name) / "README.md"
-        if os.path.isdir(name):
-            return ModelCard(path.read_text(encoding="utf-8")).data.license
-        return ModelCard.load(name).data.license
+        path = Path(name) / "README.md" if os.path.isdir(name) else hf_hub_download(name, "README.md")
+        with open(path, encoding="utf-8") as file:
+            beginning = re.sub(r"[\r\n]+", "\n", file.read(MOST_METADATA))  # the parser is slow at empty lines
+        licence = ModelCard(beginning).data.license
     except Exception:  # no card, no metadata, no network: the licence is then unknown, which the card says
         return None
+    return licence if isinstance(licence, str) else None
 
 
 def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruction: str) -> str:
@@ -298,29 +311,16 @@ def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruct
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "instruction-tuning"],
     )
     name = repo_id or for_others(config.output_dir)
-    lines = [f"| `--{flag}` | `{value}` |" for flag, value in _hide_paths(flags).items() if value is not None]
+    values = {
+        flag: as_code(value).replace("|", r"\|") for flag, value in _hide_paths(flags).items() if value is not None
+    }
+    lines = [f"| `--{flag}` | {value} |" for flag, value in values.items()]
     took = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if value is not None)
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {Path(name).name}
-
-A Stable Diffusion model that edits images by instruction. Its UNet was trained with the InstructPix2Pix objective
-([Brooks et al. 2023](https://arxiv.org/abs/2211.09800)), starting from `{for_others(base)}`, on
-`{for_others(data)}`. Its licence follows the base model's: {licence or "not stated there, so unknown"}.
-The dataset has a licence of its own.
-
-## Use
-
-Recommended: guidance {config.guidance_scale} for the instruction and {config.image_guidance_scale} for the image.
-
-```python
-import torch
+    snippet = f"""import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.utils import load_image
 
-model = "{name}"
+model = {json.dumps(name, ensure_ascii=False)}
 pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, torch_dtype=torch.float16).to("cuda")
 image = load_image("photo.png")
 edited = pipeline(
@@ -330,8 +330,23 @@ edited = pipeline(
     image_guidance_scale={config.image_guidance_scale},
     guidance_scale={config.guidance_scale},
 ).images[0]
-edited.save("edited.png")
-```
+edited.save("edited.png")"""
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {as_text(Path(name).name)}
+
+A Stable Diffusion model that edits images by instruction. Its UNet was trained with the InstructPix2Pix objective
+([Brooks et al. 2023](https://arxiv.org/abs/2211.09800)), starting from {as_code(for_others(base))}, on
+{as_code(for_others(data))}. Its licence follows the base model's: {as_text(licence or "not stated there, so unknown")}.
+The dataset has a licence of its own.
+
+## Use
+
+Recommended: guidance {config.guidance_scale} for the instruction and {config.image_guidance_scale} for the image.
+
+{code_block("python", snippet)}
 
 ## Training
 

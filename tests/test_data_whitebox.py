@@ -311,6 +311,7 @@ def test_wrong_weights_name_the_first_array_that_does_not_fit(tmp_path, weights)
 
     model = write_saved_model(tmp_path / "model", {**weights, "conv6.bias": np.zeros(63, np.float32)})
     assert "conv6.bias has shape (63,), not (64,)" in refused(model)
+    model = write_saved_model(tmp_path / "damaged", weights)
     data = model / "variables/variables.data-00000-of-00001"
     damaged = bytearray(data.read_bytes())
     damaged[-1] ^= 1

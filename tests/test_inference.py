@@ -620,28 +620,56 @@ def test_same_command_makes_only_what_is_missing(edited, model, photos, tmp_path
     assert outputs(out) == before
 
 
-@pytest.mark.parametrize("owner, step", [(edit_folder, "append_record"), (os, "replace")])
-def test_stopped_at_a_write_goes_on(owner, step, edited, model, photos, tmp_path, monkeypatch, capsys):
-    """Dies before the third record, or between it and its image; the same command completes the folder."""
-    out = tmp_path / "out"
-    command = [photos, "--instruction", "Cartoonize the image", "--output_dir", out, "--batch_size", 3]
+@pytest.mark.parametrize(
+    ("owner", "step", "dies_at", "kept"),
+    [
+        (os, "replace", 2, 0),  # the first batch is written, but not yet declared whole
+        (edit_folder, "append_records", 1, 2),
+        (os, "replace", 4, 2),  # the first of two outputs is in its place
+    ],
+)
+def test_stopped_at_a_write_goes_on(owner, step, dies_at, kept, model, photos, tmp_path, monkeypatch, capsys):
+    """A batch is there or not; the same command completes the folder, the same to the byte as in one go."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    command = [photos, "--instruction", "Cartoonize the image", "--batch_size", 3, "--output_dir"]
+    edit(model, *command, whole)
     work, calls = getattr(owner, step), []
 
-    def stop_at_third(*arguments):
+    def stop(*arguments):
         calls.append(arguments)
-        if len(calls) == 3:
+        if len(calls) == dies_at:
             raise KeyboardInterrupt
         work(*arguments)
 
-    monkeypatch.setattr(owner, step, stop_at_third)
-    assert stopped_edit(model, *command) == 130
+    monkeypatch.setattr(owner, step, stop)
+    assert stopped_edit(model, *command, out) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
-    assert len([name for name in outputs(out) if name != "edits.jsonl"]) == 2  # whole ones, no temporary file
     monkeypatch.setattr(owner, step, work)
-    edit(model, *command)
-    assert "3 edited, 2 there before" in capsys.readouterr().out
-    for name in OUTPUTS:
-        assert np.abs(pixels(out / name) - pixels(edited / name)).max() <= 1
+    edit(model, *command, out)
+    assert f"{5 - kept} edited, {kept} there before" in capsys.readouterr().out
+    everything = {path.relative_to(whole) for path in whole.rglob("*")}
+    assert {path.relative_to(out) for path in out.rglob("*")} == everything
+    assert all(
+        (out / name).read_bytes() == (whole / name).read_bytes() for name in everything if (whole / name).is_file()
+    )
+
+
+def test_what_a_killed_run_had_ready_does_not_replace_a_file_that_came_since(
+    model, photos, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    command = [photos, "--instruction", "x", "--output_dir", out]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(edit_folder, "append_records", stop)
+        assert stopped_edit(model, *command) == 130
+    (out / "a.png").write_bytes(b"mine")
+    assert stopped_edit(model, *command) == 2
+    assert f"{out / 'a.png'}: was not made by this script" in capsys.readouterr().err
+    assert (out / "a.png").read_bytes() == b"mine"
 
 
 def test_stopped_while_editing_finishes_what_is_being_written(model, photos, tmp_path, monkeypatch, capsys):
@@ -678,18 +706,16 @@ def test_stopped_while_editing_finishes_what_is_being_written(model, photos, tmp
 def test_a_full_disk_is_one_line(model, photos, tmp_path, monkeypatch, capsys):
     out, written = tmp_path / "out", []
 
-    def full_at_the_second(path, content, write=files.write_bytes):
+    def full_at_the_second(path, rows, write=files.write_json_lines):
         if len(written) == 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written.append(path)
-        write(path, content)
+        written.append(rows[0]["output"])
+        write(path, rows)
 
-    monkeypatch.setattr(edit_folder, "write_bytes", full_at_the_second)
+    monkeypatch.setattr(edit_folder, "write_json_lines", full_at_the_second)
     assert stopped_edit(model, photos, "--instruction", "x", "--output_dir", out, "--batch_size", 1) == 2
     assert f"error: --output_dir: {out} cannot be written" in capsys.readouterr().err.splitlines()[-1]
-    assert [path.relative_to(out).as_posix() for path in written] == [
-        name for name in outputs(out) if name != "edits.jsonl"
-    ]
+    assert written == [name for name in outputs(out) if name != "edits.jsonl"]
 
 
 def test_other_settings_are_noticed(edited, model, photos, tmp_path, capsys):

@@ -32,6 +32,7 @@ from instruct_pix2pix.building.restoration_sets import SETS
 from instruct_pix2pix.cli import UserError, whole_number
 from instruct_pix2pix.files import (
     check_folder,
+    code_block,
     file_sha256,
     fingerprint,
     flush,
@@ -360,9 +361,7 @@ Left out: {len(skipped)} (`skipped.jsonl` says which and why).
 
 ## How it was made
 
-```bash
-{shlex.join(["python", *map(for_others, sys.argv)])}
-```
+{code_block("bash", shlex.join(["python", *map(for_others, sys.argv)]))}
 
 Seed {args.seed}. SHA-256 of the files:
 

@@ -11,7 +11,7 @@ from instruct_pix2pix.building.photos import UNKNOWN_LICENCE, Photos, encode_png
 from instruct_pix2pix.building.plan import Row, read_again, read_instructions, take_photos
 from instruct_pix2pix.cli import UserError, first_line
 from instruct_pix2pix.data.geometry import fit_photo, whitebox_size
-from instruct_pix2pix.files import fingerprint, for_others
+from instruct_pix2pix.files import as_code, as_text, fingerprint, for_others
 
 IMAGENETTE = "frgfm/imagenette"
 THREADS = 8  # decoding and encoding images release the interpreter's lock
@@ -33,7 +33,7 @@ def build_cartoonization(args) -> None:
     }
     imagenet = "ImageNet's terms of access: research and education, non-commercial (image-net.org/download)"
     of_imagenet = args.photos is None and args.dataset == IMAGENETTE
-    photos_license = args.photos_license or (imagenet if of_imagenet else UNKNOWN_LICENCE)
+    photos_license = as_text(args.photos_license or (imagenet if of_imagenet else UNKNOWN_LICENCE))
     cartoons = {
         "opencv": "made by classical filtering, which adds no terms of its own",
         "whitebox": "made with White-box CartoonGAN (Wang and Yu, CVPR 2020), whose code and weights are "
@@ -44,7 +44,7 @@ def build_cartoonization(args) -> None:
         "licence": "cc-by-nc-sa-4.0" if args.cartoonizer == "whitebox" else "other",
         "tags": ["image-editing", "instruction-tuning", "cartoonization"],
         "about": "Photos and their cartoons, with an instruction, to teach an editing model to cartoonize. "
-        f"Source of the photos: `{for_others(args.photos or args.dataset)}`.",
+        f"Source of the photos: {as_code(for_others(args.photos or args.dataset))}.",
         "licences": f"Photos: {photos_license}.\n\nCartoons: {cartoons[args.cartoonizer]}.",
     }
     pool = ThreadPoolExecutor(THREADS)

@@ -15,7 +15,7 @@ import numpy as np
 from instruct_pix2pix.building.build import build
 from instruct_pix2pix.building.photos import UNKNOWN_LICENCE, encode_png, find_photos
 from instruct_pix2pix.building.plan import Row, read_again, read_instructions, take_photos
-from instruct_pix2pix.files import for_others, unit_hash
+from instruct_pix2pix.files import as_code, as_text, for_others, unit_hash
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R BT.601
 SCALES = (96, 128, 160, 192, 256)  # pixels of the photo's short side when a tile is cut from it
@@ -173,7 +173,8 @@ def build_generic_edits(args) -> None:
         "tags": ["image-editing", "instruction-tuning"],
         "about": f"Tiles of {args.tile} pixels, cut from photos at several scales, with simple edits of them."
         " The edits are described in `generic_edits.py` of the project.",
-        "licences": f"Photos of `{for_others(args.photos)}`, licence: {args.photos_license or UNKNOWN_LICENCE}",
+        "licences": f"Photos of {as_code(for_others(args.photos))}, licence: "
+        + as_text(args.photos_license or UNKNOWN_LICENCE),
     }
 
     def make_plan() -> tuple[list[Row], list[dict]]:

@@ -21,7 +21,7 @@ from instruct_pix2pix.building.plan import SPLITS, Row, read_again, read_instruc
 from instruct_pix2pix.building.restoration_sets import SETS, Pair, find_pairs
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.geometry import whitebox_size
-from instruct_pix2pix.files import for_others, unit_hash
+from instruct_pix2pix.files import as_code, as_text, for_others, unit_hash
 from instruct_pix2pix.images import BadImage
 
 # The keys of degradations.TASKS, for a command line that does not import OpenCV.
@@ -50,8 +50,8 @@ def build_low_level(args) -> None:
     }
     licences = [f"- {SETS[name].task}: {SETS[name].about}" for name in roots]
     if photos:
-        licence = args.photos_license or UNKNOWN_LICENCE
-        licences.append(f"- synthetic pairs: photos of `{for_others(args.photos)}`, licence: {licence}")
+        licence = as_text(args.photos_license or UNKNOWN_LICENCE)
+        licences.append(f"- synthetic pairs: photos of {as_code(for_others(args.photos))}, licence: {licence}")
     about = {
         "title": "Low-level image processing",
         "licence": "other",

@@ -8,10 +8,16 @@ in, height, width). Neither TensorFlow nor its lite runtime is needed: the parts
 matter here are read below, from their published descriptions (the SSTable layout of LevelDB's
 doc/table_format.md, the messages of tensor_bundle.proto and trackable_object_graph.proto, and TensorFlow
 Lite's schema.fbs).
+
+Files come from strangers. Whatever one claims, no more is read, kept in memory or gone through than the
+generator's own arrays and tables of a sensible length.
 """
 
+import math
 import re
 import struct
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +35,15 @@ with torch.device("meta"):
     SHAPES = {name: tuple(array.shape) for name, array in Generator().state_dict().items()}
 
 
+# Bytes. The generator takes 6 MB, its index two kilobytes; other variables may stand beside it.
+MOST_TFLITE, MOST_INDEX, MOST_GRAPH = 256 << 20, 1 << 20, 16 << 20
+MOST_KEY, MOST_ENTRIES, MOST_DIMENSIONS = 1000, 10_000, 100
+
+
 def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict[str, np.ndarray]:
     """Read and check the weights. Raises UserError, which names the first array that does not fit."""
     path = Path(source)
-    readers = {".npz": np.load, ".safetensors": load_file, ".tflite": read_tflite}
+    readers = {".npz": read_npz, ".safetensors": load_file, ".tflite": read_tflite}
     try:
         if path.is_dir():
             arrays = read_saved_model(path)
@@ -62,10 +73,33 @@ def check(arrays: dict[str, np.ndarray]) -> None:
     for name, shape in SHAPES.items():
         if name not in arrays:
             raise ValueError(f"no array for {name}, shape {shape}")
-        if arrays[name].shape != shape:
-            raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
+        check_shape(name, arrays[name].shape)
         if not np.isfinite(arrays[name]).all():
             raise ValueError(f"{name} holds values that are not finite")
+
+
+def check_shape(name: str, shape: tuple[int, ...]) -> None:
+    if shape != SHAPES[name]:
+        raise ValueError(f"{name} has shape {shape}, not {SHAPES[name]}")
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """The generator's arrays of an archive; others are not unpacked."""
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            name = member.removesuffix(".npy")
+            if name not in SHAPES:
+                continue
+            with archive.open(member) as file:
+                headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, by_columns, dtype = headers[np.lib.format.read_magic(file)](file)
+                check_shape(name, shape)
+                if dtype.kind != "f":
+                    raise ValueError(f"{name} holds {dtype}, not floats")
+                values = np.frombuffer(file.read(int(np.prod(shape)) * dtype.itemsize), dtype)
+                arrays[name] = values.reshape(shape, order="F" if by_columns else "C")
+    return arrays
 
 
 def read_hub(repository: str, flag: str) -> dict[str, np.ndarray]:
@@ -98,16 +132,19 @@ def read_saved_model(folder: Path) -> dict:
     # Object-based checkpoints name a variable by its place in an object graph, which tells the graph's own
     # name for it.
     graph_names = read_object_graph(entries.pop("_CHECKPOINTABLE_OBJECT_GRAPH", None))
-    arrays = {}
-    for key, (dtype, shape, data) in entries.items():
+    arrays, keys = {}, {}
+    for key, entry in entries.items():
         layer = layer_of(graph_names.get(key, key))
-        if layer is None or dtype != 1:  # 1 is DT_FLOAT
+        if layer not in SHAPES or entry.dtype != 1:  # 1 is DT_FLOAT
             continue
-        values = np.frombuffer(data, "<f4").copy()
-        if values.size != np.prod(shape):
-            raise ValueError(f"{key} has {values.size} values for shape {tuple(shape)}")
+        if layer in keys:
+            raise ValueError(f"both {keys[layer]} and {key} could be {layer}")
+        keys[layer] = key
         # (height, width, in, out) -> (out, in, height, width)
-        arrays[layer] = np.ascontiguousarray(values.reshape(shape).transpose(3, 2, 0, 1) if len(shape) == 4 else values)
+        order = (3, 2, 0, 1) if len(entry.shape) == 4 else range(len(entry.shape))
+        check_shape(layer, tuple(entry.shape[place] for place in order))
+        values = np.frombuffer(entry.read(4 * int(np.prod(entry.shape))), "<f4")
+        arrays[layer] = np.ascontiguousarray(values.reshape(entry.shape).transpose(*order))
     if not arrays:
         raise ValueError(
             f"no variable of the generator in {indices[0].name}: it has {', '.join(list(entries)[:3])}, ..."
@@ -130,27 +167,48 @@ def layer_of(variable: str) -> str | None:
     return f"{layer}.weight" if kind in ("weights", "kernel") else f"{layer}.bias"
 
 
-def read_bundle(index: Path) -> dict[str, tuple[int, list[int], bytes]]:
-    """A tensor bundle -> {name: (dtype number, shape, bytes)}, every checksum verified."""
+@dataclass
+class Entry:
+    """A tensor of a bundle: where its bytes are and what they must be."""
+
+    key: str
+    dtype: int
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    size: int
+    checksum: int
+
+    def read(self, most: int) -> bytes:
+        """At most `most` bytes, their checksum verified."""
+        if self.size > most:
+            raise ValueError(f"{self.key} claims {self.size} bytes, of at most {most}")
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            data = file.read(self.size)
+        if len(data) != self.size:
+            raise ValueError(f"{self.key} lies beyond the end of the data file")
+        if self.dtype != 7 and masked_crc32c(data) != self.checksum:  # 7 is DT_STRING
+            raise ValueError(f"{self.key} does not match its checksum: the file is damaged")
+        return data
+
+
+def read_bundle(index: Path) -> dict[str, Entry]:
+    """The entries of a tensor bundle by name; their bytes are not read yet."""
+    if index.stat().st_size > MOST_INDEX:
+        raise ValueError(f"{index.name} has {index.stat().st_size} bytes, more than an index of these weights")
     table = read_table(index.read_bytes())
     header = read_message(table.pop(b"", b""))
     shards = header.get(1, [1])[0]
     if header.get(2, [0])[0] != 0:
         raise ValueError(f"{index.name} is big-endian, which is not supported")
-    files, entries = {}, {}
-    for key, value in table.items():
+    entries = {}
+    for name, value in table.items():
         message = read_message(value)
-        shape = [read_message(dim).get(1, [0])[0] for dim in read_message(message.get(2, [b""])[0]).get(2, [])]
+        shape = (read_message(dim).get(1, [0])[0] for dim in read_message(message.get(2, [b""])[0]).get(2, []))
         dtype, shard, offset, size, checksum = (message.get(field, [0])[0] for field in (1, 3, 4, 5, 6))
-        if shard not in files:
-            files[shard] = index.with_suffix(f".data-{shard:05d}-of-{shards:05d}").read_bytes()
-        data = files[shard][offset : offset + size]
-        name = key.decode()
-        if len(data) != size:
-            raise ValueError(f"{name} lies beyond the end of the data file")
-        if dtype != 7 and masked_crc32c(data) != checksum:  # 7 is DT_STRING
-            raise ValueError(f"{name} does not match its checksum: the file is damaged")
-        entries[name] = dtype, shape, data
+        file = index.with_suffix(f".data-{shard:05d}-of-{shards:05d}")
+        entries[name.decode()] = Entry(name.decode(), dtype, tuple(shape), file, offset, size, checksum)
     return entries
 
 
@@ -160,9 +218,11 @@ def read_table(data: bytes) -> dict[bytes, bytes]:
         raise ValueError("no index of a TensorFlow checkpoint (its last eight bytes are others)")
     # The footer: offset and size of the metaindex block, which is not needed, and of the index block.
     _, _, offset, size, _ = read_varints(data[-48:], 0, 4)
-    table = {}
-    for handle in read_block(data, offset, size).values():
-        table.update(read_block(data, *read_varints(handle, 0, 2)[:2]))
+    table, handles = {}, [read_varints(handle, 0, 2)[:2] for handle in read_block(data, offset, size).values()]
+    if sum(size for _, size in handles) > len(data):
+        raise ValueError("blocks of the index overlap")
+    for handle in handles:
+        table.update(read_block(data, *handle))
     return table
 
 
@@ -177,6 +237,8 @@ def read_block(data: bytes, offset: int, size: int) -> dict[bytes, bytes]:
     while position < end:
         shared, fresh, length, position = read_varints(block, position, 3)
         key = key[:shared] + block[position : position + fresh]
+        if len(key) > MOST_KEY:
+            raise ValueError("a key of the index is too long")
         position += fresh
         entries[key] = block[position : position + length]
         position += length
@@ -193,6 +255,8 @@ def read_varints(data: bytes, position: int, count: int = 1) -> list[int]:
             value |= (data[position] & 0x7F) << shift
             more = data[position] >= 0x80
             position, shift = position + 1, shift + 7
+            if shift > 70:
+                raise ValueError("a number of the index is too long")
         numbers.append(value)
     return [*numbers, position]
 
@@ -218,12 +282,13 @@ def read_message(data: bytes) -> dict[int, list]:
     return fields
 
 
-def read_object_graph(entry) -> dict[str, str]:
+def read_object_graph(entry: Entry | None) -> dict[str, str]:
     """The string tensor of a TrackableObjectGraph -> {key in the checkpoint: name in the graph}."""
     if entry is None:
         return {}
-    length, position = read_varints(entry[2], 0)
-    graph = read_message(entry[2][position + 4 : position + 4 + length])  # 4 bytes of checksum between
+    data = entry.read(MOST_GRAPH)
+    length, position = read_varints(data, 0)
+    graph = read_message(data[position + 4 : position + 4 + length])  # 4 bytes of checksum between
     attributes = [read_message(a) for node in graph.get(1, []) for a in read_message(node).get(2, [])]
     return {a[3][0].decode(): a[2][0].decode() for a in attributes if 2 in a and 3 in a}
 
@@ -248,6 +313,8 @@ for _ in range(8):
 
 def read_tflite(path: Path) -> dict:
     """The generator's convolutions, in the order in which they run; float16 values are widened."""
+    if path.stat().st_size > MOST_TFLITE:
+        raise ValueError(f"it has {path.stat().st_size} bytes, more than these weights")
     data = path.read_bytes()
     if data[4:8] != b"TFL3":
         raise ValueError("not a TensorFlow Lite file")
@@ -265,25 +332,32 @@ def read_tflite(path: Path) -> dict:
         position = field(table, place)
         return at(position, kind) if position else 0
 
-    def vector(table, place):
+    def vector(table, place, most):
         """(Position of the first element, count)."""
         position = field(table, place)
         position += at(position) if position else 0
-        return (position + 4, at(position)) if position else (0, 0)
+        start, count = (position + 4, at(position)) if position else (0, 0)
+        if count > most:
+            raise ValueError(f"a list of {count} where the generator has at most {most}")
+        return start, count
 
     def tables(table, place):
-        start, count = vector(table, place)
+        start, count = vector(table, place, MOST_ENTRIES)
         return [element + at(element) for element in range(start, start + 4 * count, 4)]
 
     def integers(table, place):
-        start, count = vector(table, place)
+        start, count = vector(table, place, MOST_DIMENSIONS)
         return struct.unpack_from(f"<{count}i", data, start)
 
-    def values(tensor):
+    def add(tensor):
+        name = next(name for name in SHAPES if name not in found)
+        shape = integers(tensor, 0)
+        order = (0, 3, 1, 2) if len(shape) == 4 else range(len(shape))
+        check_shape(name, tuple(shape[place] for place in order))
         dtype = {0: "<f4", 1: "<f2"}[number(tensor, 1, "<b")]
-        start, count = vector(buffers[number(tensor, 2)], 0)
+        start, count = vector(buffers[number(tensor, 2)], 0, 4 * math.prod(shape))
         array = np.frombuffer(data, dtype, count // int(dtype[-1]), start)
-        return array.reshape(integers(tensor, 0)).astype(np.float32)
+        found[name] = np.ascontiguousarray(array.reshape(shape).transpose(*order).astype(np.float32))
 
     model = at(0)
     # OperatorCode: 0 deprecated_builtin_code (int8), 3 builtin_code (int32): the larger counts
@@ -292,14 +366,15 @@ def read_tflite(path: Path) -> dict:
     graph = tables(model, 2)[0]
     tensors = tables(graph, 0)
 
-    found, source = [], {}  # source: the tensor from which DEQUANTIZE makes another
+    found, source, convolutions = {}, {}, 0  # source: the tensor from which DEQUANTIZE makes another
     for operator in tables(graph, 3):
         code, inputs = codes[number(operator, 0)], integers(operator, 1)
         if code == 6:  # DEQUANTIZE
             source[integers(operator, 2)[0]] = inputs[0]
         elif code == 3:  # CONV_2D: input, weights (out, height, width, in), bias
-            weight, bias = (values(tensors[source.get(i, i)]) for i in inputs[1:3])
-            found += np.ascontiguousarray(weight.transpose(0, 3, 1, 2)), bias
-    if len(found) != len(SHAPES):
-        raise ValueError(f"it has {len(found) // 2} convolutions, not {len(SHAPES) // 2}")
-    return dict(zip(SHAPES, found, strict=True))
+            convolutions += 1
+            for i in inputs[1:3] if len(found) < len(SHAPES) else ():
+                add(tensors[source.get(i, i)])
+    if 2 * convolutions != len(SHAPES):
+        raise ValueError(f"it has {convolutions} convolutions, not {len(SHAPES) // 2}")
+    return found

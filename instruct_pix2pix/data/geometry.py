@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 GEOMETRIES = ("resize_crop", "crop", "squash")
 # Two sizes whose aspect ratios differ by no more than this show the same picture, scaled.
 ASPECT_TOLERANCE = 0.02
+MOST_SCALED_PIXELS = 100_000_000  # that a picture is scaled to before it is cropped: a longer one is cropped first
 WHITEBOX_SHORT_SIDE = 720  # pixels, to which White-box CartoonGAN's script scales a larger photo's short side
 
 
@@ -120,9 +121,16 @@ def crop_pair(
     top = int(down * (size[1] - resolution + 1))
 
     def cut(image: Image.Image) -> np.ndarray:
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        pixels = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+        box = (left, top, left + resolution, top + resolution)
+        if image.size == size:
+            image = image.crop(box)
+        elif size[0] * size[1] <= MOST_SCALED_PIXELS:
+            image = image.resize(size, Image.Resampling.BICUBIC).crop(box)
+        else:  # nearly the same pixels, but for rounding, without the memory
+            scales = (width / size[0], height / size[1]) * 2
+            source = [min(place * scale, most) for place, scale, most in zip(box, scales, image.size * 2, strict=True)]
+            image = image.resize((resolution, resolution), Image.Resampling.BICUBIC, source)
+        pixels = np.asarray(image)
         return pixels[:, ::-1] if random_flip and mirror < 0.5 else pixels
 
     return cut(original), cut(edited)

@@ -178,9 +178,7 @@ def _write(
     try:
         _write_folder(output_dir / f".{name}.partial", state, config, tensors)
         _put_in_place(output_dir, name)
-        if limit is not None:  # a damaged one does not count: it must not outlive the last that is whole
-            for old in [path for path in list_checkpoints(output_dir) if damage(path) is None][:-limit]:
-                shutil.rmtree(old)
+        remove_old(output_dir, limit)
     except (OSError, SafetensorError) as error:  # most often a full disk
         shutil.rmtree(output_dir / f".{name}.partial", ignore_errors=True)
         needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -227,6 +225,14 @@ def remove_partial(output_dir: Path) -> None:
             os.replace(path, final)
     for path in Path(output_dir).glob(".checkpoint-*.partial"):
         shutil.rmtree(path)
+
+
+def remove_old(output_dir: Path, limit: int | None) -> None:
+    """Keep the newest `limit` checkpoints; a run killed before it did this leaves it to the next. A damaged one does not
+    count: it must not outlive the last that is whole."""
+    if limit is not None:
+        for old in [path for path in list_checkpoints(output_dir) if damage(path) is None][:-limit]:
+            shutil.rmtree(old)
 
 
 def load_training_state(

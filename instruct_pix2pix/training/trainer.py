@@ -38,6 +38,7 @@ def train(args, expected_in_channels: int) -> None:
             run = build(plan)
             if accelerator.is_main_process:
                 checkpoints.remove_partial(Path(run.config.output_dir))
+                checkpoints.remove_old(Path(run.config.output_dir), run.config.checkpoints_total_limit)
                 publishing.begin(run.config.output_dir, resolved(run.config))
             write_skipped(run)
             start_trackers(accelerator, run.config)
@@ -58,6 +59,8 @@ def run_updates(run: Run) -> dict:
         torch.cuda.reset_peak_memory_stats()  # of the updates, not of what was tried before them
     where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
     logger.info("training %d updates of %d images, %s", last - run.first_step, run.images_per_update, where)
+    if run.first_step > 0 and validation_is_due(run, run.first_step):
+        validate(run, run.first_step, only_missing=True)  # the run before may have ended between checkpoint and picture
     log, started = Log(run), time.perf_counter()
     try:
         with StopRequest() as stop:

@@ -75,11 +75,16 @@ def validation_is_due(run, step: int) -> bool:
     return int(run.epoch(step)) // config.validation_epochs > int(run.epoch(step - 1)) // config.validation_epochs
 
 
-def validate(run, step: int) -> None:
+def validate(run, step: int, only_missing: bool = False) -> None:
     """Edit the validation image and the held-out rows, where there are any, with the weights that would be exported
-    now; the other processes wait. Frozen models that rest on the CPU beside a latent cache work on the GPU meanwhile.
-    What needs more memory than there is, is left out with a warning."""
-    if run.validation_image is not None or run.validation_rows:  # on the main process only
+    now; the other processes wait. With `only_missing`, not where this step's pictures are there already. Frozen models
+    that rest on the CPU beside a latent cache work on the GPU meanwhile. What needs more memory than there is, is left
+    out with a warning."""
+    wanted = {"image": run.validation_image is not None, "rows": bool(run.validation_rows)}  # on the main process only
+    missing = [_picture(run.config, step, what) for what, is_wanted in wanted.items() if is_wanted]
+    if only_missing:
+        missing = [picture for picture in missing if not picture.exists()]
+    if missing:
         frozen = (run.text_encoder, run.vae)
         rested = [model.device for model in frozen]
         for model in frozen:
@@ -117,8 +122,7 @@ def show_edits(run, step: int) -> None:
         "guidance_scale": config.guidance_scale,
         "image_guidance_scale": config.image_guidance_scale,
     }
-    folder = Path(config.output_dir) / "validation"
-    folder.mkdir(parents=True, exist_ok=True)
+    _picture(config, step, "image").parent.mkdir(parents=True, exist_ok=True)
     was_training = run.unet.training
     run.unet.eval()
     try:
@@ -127,7 +131,7 @@ def show_edits(run, step: int) -> None:
                 prompts, inputs = [config.validation_prompt] * count, [image] * count
                 edited = editing.edit(pipeline, prompts, inputs, seeds, **options)
                 sheet = contact_sheet([([image, *edited], [config.validation_prompt])], cell=max(image.size))
-                write_bytes(folder / f"step-{step:06d}.png", encode_image(sheet, ".png"))
+                write_bytes(_picture(config, step, "image"), encode_image(sheet, ".png"))
                 log_images(run.accelerator, image, edited, config.validation_prompt, step)
             entries = []
             for row, seed in zip(run.validation_rows, seeds, strict=False):
@@ -136,7 +140,12 @@ def show_edits(run, step: int) -> None:
                 entries.append(([row.original, *edited, row.edited], [row.instruction]))
             if entries:
                 sheet = contact_sheet(entries, columns=2, headings=("input", "edit", "target"))
-                write_bytes(folder / f"step-{step:06d}-held-out.png", encode_image(sheet, ".png"))
+                write_bytes(_picture(config, step, "rows"), encode_image(sheet, ".png"))
                 log_sheet(run.accelerator, sheet, step)
     finally:
         run.unet.train(was_training)
+
+
+def _picture(config, step: int, what: str) -> Path:
+    ending = {"image": "", "rows": "-held-out"}[what]
+    return Path(config.output_dir) / "validation" / f"step-{step:06d}{ending}.png"
