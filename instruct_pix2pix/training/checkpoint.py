@@ -228,8 +228,8 @@ def remove_partial(output_dir: Path) -> None:
 
 
 def remove_old(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints; a run killed before it did this leaves it to the next. A damaged one does not
-    count: it must not outlive the last that is whole."""
+    """Keep the newest `limit` checkpoints; a run killed before it did this leaves it to the next. A damaged one counts
+    not: it must not outlive the last that is whole."""
     if limit is not None:
         for old in [path for path in list_checkpoints(output_dir) if damage(path) is None][:-limit]:
             shutil.rmtree(old)
