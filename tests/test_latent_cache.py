@@ -257,11 +257,15 @@ def test_a_folder_that_holds_something_else_is_refused(small_run, tmp_path):
         small_run(name="b", **flags)
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_build(small_run, monkeypatch, built):
-    usage = latent_cache.shutil.disk_usage("/")._replace(free=100_000)
-    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"the cache needs 0\.3 MB in .*run, where 0\.1 MB are free; name another"):
-        small_run(cache_latents=True, **FIXED)
+def test_a_disk_that_is_too_small_is_noticed_before_the_build(small_run, tmp_path, monkeypatch, built):
+    place, usage_of = tmp_path / "small disk", latent_cache.shutil.disk_usage
+
+    def usage(path):
+        return usage_of(tmp_path)._replace(free=100_000 if path == place else 10**9)
+
+    monkeypatch.setattr(latent_cache.shutil, "disk_usage", usage)
+    with pytest.raises(UserError, match=r"the cache needs 0\.3 MB in .*disk, where 0\.1 MB are free; name another"):
+        small_run(cache_latents=True, cache_dir=place, **FIXED)
     assert not built
 
 

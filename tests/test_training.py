@@ -203,12 +203,12 @@ def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs,
     folder = copy_tree(pairs, tmp_path / "damaged")
     content = (folder / "edited" / "3.png").read_bytes()
     (folder / "edited" / "3.png").write_bytes(content[: len(content) // 2])
+    flags = {"gradient_accumulation_steps": 1, "train_batch_size": 1, "max_train_steps": 20}
     with pytest.raises(UserError, match="row 3, column edited_image: cannot be decoded"):
-        small_run(train_data_dir=folder, gradient_accumulation_steps=1, train_batch_size=1, max_train_steps=20)
+        small_run(train_data_dir=folder, on_bad_row="error", **flags)
     kept = checkpoints.list_checkpoints(tmp_path / "run")
     assert len(kept) == 1
     (folder / "edited" / "3.png").write_bytes(content)
-    flags = {"gradient_accumulation_steps": 1, "train_batch_size": 1, "max_train_steps": 20}
     mended = small_run(train_data_dir=folder, resume_from_checkpoint="latest", **flags)
     whole = small_run(name="whole", **flags)
     assert losses(mended) == losses(whole)

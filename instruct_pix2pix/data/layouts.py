@@ -361,9 +361,9 @@ def _read_sides(place: Place, records: list[dict], source: Source) -> Table:
 def _instructions_of_pairs(place: Place, sides, pairs, others, records: list[dict], source: Source) -> tuple[str, list]:
     """The column's name and each pair's instructions: of a metadata file, of text files beside the images, or of
     instructions.txt, which may also lie above the split's folder. Raises UserError where there is none of them."""
-    column = source.edit_prompt_column or "edit_prompt"
+    column = "edit_prompt"  # a flag that names another one is wrong where there is no table
     if records:
-        return column, _match(pairs, sides, records, source, place.tables[0].name)
+        return source.edit_prompt_column or column, _match(pairs, sides, records, source, place.tables[0].name)
     captions = [side for side, other in zip(sides, others, strict=True) if other[".txt"]]
     if len(captions) > 1:
         raise UserError(
