@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLD_VENV ?= .venv-old-libraries
 
-.PHONY: quickstart quickstart-low-level quickstart-control tiny-base test test-fast test-old-libraries lint bench clean
+.PHONY: quickstart quickstart-low-level quickstart-control tiny-base test test-fast test-old-libraries soak long-run lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -47,6 +47,16 @@ test-fast: $(VENV)/.installed-dev
 # That our pipelines edit alike with the libraries that most people have, in an environment of their own.
 test-old-libraries: $(VENV)/.installed-dev $(OLD_VENV)/.installed
 	OLD_LIBRARIES_PYTHON="$(OLD_VENV)/bin/python" $(BIN)/python -m pytest tests/test_old_libraries.py
+
+# 50 kills at random moments, some ten minutes on two cores; KILLS and SEED override. docs/soak.md has the last table.
+soak: $(VENV)/.installed
+	rm -rf outputs/soak
+	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --kills "$(or $(KILLS),50)" $(if $(SEED),--seed "$(SEED)") --work_dir outputs/soak
+
+# 2,000 updates, some five minutes: does a training grow?
+long-run: $(VENV)/.installed
+	rm -rf outputs/long-run
+	OMP_NUM_THREADS=1 $(BIN)/python tools/long_run.py --work_dir outputs/long-run
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
