@@ -2,11 +2,13 @@
 
     python data_preparation/build_low_level.py --reds REDS --rain13k Rain13k --sidd SIDD --lol LOL \\
         --num_reds 1200 --num_rain13k 686 --num_sidd 8 --num_lol 23 --output_dir DATASET
+    python data_preparation/build_low_level.py --pairs derain=DEGRADED_DIR:CLEAN_DIR --output_dir DATASET
     python data_preparation/build_low_level.py --photos DIR --synthesize 2000 --output_dir DATASET
 
 Columns: instruction, input_image, ground_truth_image, task. Real sets are read as they are downloaded;
---synthesize makes the same tasks from any photos. A build that was stopped goes on when the same command is
-run again; the result is the same to the byte, and the same for any number of processes (`accelerate launch`).
+--pairs takes two folders of your own, --synthesize makes the same tasks from any photos. --dry_run counts and stops.
+A build that was stopped goes on when the same command is run again; the result is the same to the byte, and the
+same for any number of processes (`accelerate launch`).
 """
 
 import argparse

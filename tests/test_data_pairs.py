@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from instruct_pix2pix.building.pairs import find_given_pairs, find_pairs
+from instruct_pix2pix.building.plan import by_reason
 from instruct_pix2pix.cli import UserError
 from tests.data_scripts import checksums, pixels, plan_of, read_rows, run, skipped_of
 
@@ -55,6 +56,7 @@ LAYOUTS = {
         TEST: [
             "HIDE_dataset/test/test-close-ups/2.png > HIDE_dataset/GT/2.png",
             "HIDE_dataset/test/test-long-shot/3.png > HIDE_dataset/GT/3.png",
+            "HIDE_dataset/test/4.png > HIDE_dataset/GT/4.png",
         ],
     },
     ("hide", "MPRNet"): {TEST: ["HIDE/test/input/2.png > HIDE/test/target/2.png"]},
@@ -406,6 +408,14 @@ def test_several_given_inputs_of_one_target(tmp_path):
     assert len({pair.group for pair in found.pairs if "/1_" in pair.input}) == 1
 
 
+def test_given_folders_one_inside_the_other(tmp_path):
+    touch(tmp_path / "hazy", "1.png", "clear/1.png")
+    found = find_given_pairs(0, "dehaze", tmp_path / "hazy", tmp_path / "hazy/clear")
+    assert triples(found) == {("1.png", "1.png", "")} and not found.skipped
+    with pytest.raises(UserError, match="hazy is given twice"):
+        find_given_pairs(0, "dehaze", tmp_path / "hazy", tmp_path / "hazy")
+
+
 def test_whole_names_rule_out_suffixes(tmp_path):
     """Where names are the same on both sides, 1_2 is a picture of its own and not another of 1."""
     found = given(tmp_path, ["1.png", "1_2.png"], ["1.png"])
@@ -423,6 +433,23 @@ def test_whole_names_rule_out_suffixes(tmp_path):
 def test_given_folders_that_cannot_be_paired(tmp_path, degraded, clean, words):
     with pytest.raises(UserError, match=words):
         given(tmp_path, degraded, clean)
+
+
+def test_reasons_are_counted_without_what_is_said_of_one_image():
+    reasons = [
+        "no partner",
+        "the same picture as lol/our485/low/2.png",
+        "the same picture as lol/our485/low/3.png",
+        "20000x6000 is more than 100 million pixels; allow it with --max_image_pixels 120000000",
+        "20000x7000 is more than 100 million pixels; allow it with --max_image_pixels 140000000",
+        "input and ground truth differ in size: 40x32 and 48x32",
+        "cannot be read (image file is truncated)",
+        "8x64 is too small: sides must be 16 or more",
+    ]
+    assert by_reason([{"reason": reason} for reason in reasons]) == (
+        "2 the same picture, 2 more than 100 million pixels, 1 no partner, 1 input and ground truth differ in size, "
+        "1 cannot be read, 1 too small"
+    )
 
 
 def picture(number: int) -> np.ndarray:

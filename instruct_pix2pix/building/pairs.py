@@ -77,7 +77,7 @@ def find_pairs(name: str, root: Path) -> Found:
     if len(alone) > max(1, 0.01 * (len(pairs) + len(alone))):
         raise UserError(
             f"{flag}: {len(alone)} of {len(pairs) + len(alone)} images have no partner ({alone[0]}); "
-            "unpack both sides of the set"
+            "unpack both sides of the set, or take such images out of the folder"
         )
     skipped += no_partner(found, f"{name}/", f"{name}/")
     line = report(f"--{name}", pairs, found, skipped, others)
@@ -91,7 +91,12 @@ def find_given_pairs(number: int, task: str, degraded: Path, clean: Path) -> Fou
     truth has several. A folder train, val or test, inside or around, tells the split; the more held-out one counts.
     """
     flag = f"--pairs: {task}"
-    (inputs, other_inputs), (targets, other_targets) = find_images(degraded), find_images(clean)
+    if os.path.samefile(degraded, clean):
+        raise UserError(
+            f"{flag}: {degraded} is given twice; give the folder of degraded images, then that of clean ones"
+        )
+    # One of the two may lie inside the other.
+    (inputs, other_inputs), (targets, other_targets) = find_images(degraded, clean), find_images(clean, degraded)
     for folder, images in ((degraded, inputs), (clean, targets)):
         if not images:
             raise UserError(f"{flag}: {folder}: no image at any depth; give a folder of images")

@@ -113,7 +113,7 @@ def by_reason(skipped: list[dict]) -> str:
     """How many images were left out for which reason: "3 no partner, 1 not an image"."""
 
     def kind(reason: str) -> str:  # without what is said of the one image
-        return re.sub(r"^\d+x\d+ is | as \S.*$| \(.*$|:.*$", "", reason)
+        return re.sub(r"^\d+x\d+ is | as \S.*$| \(.*$|[:;].*$", "", reason)
 
     counts = Counter(kind(row["reason"]) for row in skipped)
     return ", ".join(f"{number} {reason}" for reason, number in counts.most_common())

@@ -72,7 +72,7 @@ SETS = {
         "deblur",
         "{train,test}/{input,target}/, or train/, test/{test-close-ups,test-long-shot}/ and GT/",
         "HIDE (Shen et al., ICCV 2019), see its page for the terms",
-        [BESIDE, (r"(.*/)(?:train|test/(?:test-close-ups|test-long-shot))/([^/]+)", r"(.*/)gt/([^/]+)")],
+        [BESIDE, (r"(.*/)(?:train|test(?:/test-close-ups|/test-long-shot)?)/([^/]+)", r"(.*/)gt/([^/]+)")],
     ),
     "realblur": RestorationSet(
         "deblur",
