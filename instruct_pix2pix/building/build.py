@@ -27,7 +27,7 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from instruct_pix2pix.building.plan import SPLITS, Row, draw_instruction
+from instruct_pix2pix.building.plan import SPLITS, Row, by_reason, draw_instruction
 from instruct_pix2pix.building.restoration_sets import SETS
 from instruct_pix2pix.cli import UserError, whole_number
 from instruct_pix2pix.files import (
@@ -81,8 +81,10 @@ def add_dataset_flags(parser, instructions: Path, what: str) -> None:
 
 def check_dataset_flags(args) -> None:
     check_folder("--output_dir", args.output_dir)
-    for name in ("photos", *SETS):
-        if (folder := getattr(args, name, None)) and args.output_dir.resolve().is_relative_to(folder.resolve()):
+    folders = [(name, getattr(args, name, None)) for name in ("photos", *SETS)]
+    folders += [("pairs", folder) for _, *both in getattr(args, "pairs", []) for folder in both]
+    for name, folder in folders:
+        if folder and args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
     fractions = args.validation_fraction, args.test_fraction
     if not (min(fractions) >= 0 and sum(fractions) < 1):
@@ -99,7 +101,7 @@ def build(args, settings: dict, instructions: dict, columns: dict, about: dict, 
     settings: what else decides the bytes (JSON values); a folder begun with other settings is refused.
     instructions: of each task, what `read_instructions` returns.
     columns: name -> (what it holds: input, target, instruction or task; a description for the card), in order.
-    about: what `card` says of this dataset: title, licence, tags, about, licences.
+    about: what `card` says of this dataset: title, licence, tags, about, licences and, where counted, sources.
     make_plan() -> (list of Row, list of {"source", "reason"}): called once, by the first process.
     make_rows(rows) -> of each row the encoded input and target (bytes).
     """
@@ -151,7 +153,7 @@ def build(args, settings: dict, instructions: dict, columns: dict, about: dict, 
     for left_by_a_kill in output_dir.glob(".*.partial"):
         left_by_a_kill.unlink()
     counts = ", ".join(f"{number} {split}" for split, number in Counter(row.split for row in rows).items())
-    note = f"; {len(skipped)} left out, see {skipped_path}" if skipped else ""
+    note = f"; {len(skipped)} left out ({by_reason(skipped)}), see {skipped_path}" if skipped else ""
     print(f"{output_dir}: {len(rows)} rows ({counts}) in {len(shards)} shards{note}")
 
 
@@ -299,6 +301,11 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict, pairs
     return contact_sheet(entries, cell=side, columns=2)
 
 
+def shown(argument: str) -> str:
+    """An argument of the command line as it is published; TASK=DEGRADED_DIR:CLEAN_DIR holds two paths."""
+    return ":".join(map(for_others, argument.split(":"))) if "=" in argument else for_others(argument)
+
+
 def card(
     args,
     columns: dict,
@@ -322,6 +329,7 @@ def card(
     meanings = {name: held + (wording if role == "instruction" else "") for name, (role, held) in columns.items()}
 
     lines = "\n".join
+    sources = f"Found:\n\n{about['sources']}\n\n" if about.get("sources") else ""
     data_files = lines(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits)
     return f"""---
 license: {about["licence"]}
@@ -353,7 +361,7 @@ configs:
 |---|{"---:|" * len(splits)}
 {lines(f"| {' | '.join(map(str, line))} |" for line in table)}
 
-Left out: {len(skipped)} (`skipped.jsonl` says which and why).
+{sources}Left out: {len(skipped)} (`skipped.jsonl` says which and why){f": {by_reason(skipped)}" if skipped else ""}.
 
 ## Licences
 
@@ -361,7 +369,7 @@ Left out: {len(skipped)} (`skipped.jsonl` says which and why).
 
 ## How it was made
 
-{code_block("bash", shlex.join(["python", *map(for_others, sys.argv)]))}
+{code_block("bash", shlex.join(["python", *map(shown, sys.argv)]))}
 
 Seed {args.seed}. SHA-256 of the files:
 

@@ -1,5 +1,6 @@
 """The low-level dataset: pairs of public restoration sets, and photos degraded on purpose, mixed by task."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -8,6 +9,7 @@ from itertools import groupby
 from operator import attrgetter
 
 from instruct_pix2pix.building.build import build
+from instruct_pix2pix.building.pairs import Found, find_given_pairs, find_pairs, read_file
 from instruct_pix2pix.building.photos import (
     UNKNOWN_LICENCE,
     Photos,
@@ -18,7 +20,7 @@ from instruct_pix2pix.building.photos import (
     is_plain,
 )
 from instruct_pix2pix.building.plan import SPLITS, Row, read_again, read_instructions, split_of, take, take_photos
-from instruct_pix2pix.building.restoration_sets import SETS, Pair, find_pairs
+from instruct_pix2pix.building.restoration_sets import SETS
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.geometry import whitebox_size
 from instruct_pix2pix.files import as_code, as_text, for_others, unit_hash
@@ -33,14 +35,23 @@ pair_of = attrgetter("source", "input", "task", "repeat")  # the same for the ti
 
 def build_low_level(args) -> None:
     """Make the dataset that the flags of build_low_level.py ask for."""
-    roots = {name: getattr(args, name) for name in SETS if getattr(args, name)}
-    found = {name: find_pairs(name, root) for name, root in roots.items()}
+    found = {name: find_pairs(name, getattr(args, name)) for name in SETS if getattr(args, name)}
+    for number, given in enumerate(args.pairs):
+        found[f"pairs{number}"] = find_given_pairs(number, *given)
     photos = find_photos(args.photos) if args.photos else None
-    tasks = list(dict.fromkeys([*(SETS[name].task for name in roots), *(args.tasks if photos else [])]))
+    reports = [source.report for source in found.values()]
+    if photos:
+        reports.append(f"--photos: {len(photos.names)} photos")
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(reports), flush=True)
+    if args.dry_run:
+        return
+    roots = {head: root for source in found.values() for head, root in source.roots.items()}
+    tasks = list(dict.fromkeys([*(source.task for source in found.values()), *(args.tasks if photos else [])]))
     instructions = {task: read_instructions(args.instructions / f"{task}.txt") for task in tasks}
     flags = "fraction", "synthesize", "tasks", "severity", "max_short_side", "tile", "weights", "mixing_cap"
     settings = {name: getattr(args, name) for name in (*flags, *(f"num_{name}" for name in SETS))}
-    settings |= {name: digest for name, (_, _, digest) in found.items()}
+    settings |= {name: source.digest for name, source in found.items()}
     settings["photos"] = photos.digest if photos else None
     columns = {
         "instruction": ("instruction", "what to do"),
@@ -48,7 +59,7 @@ def build_low_level(args) -> None:
         "ground_truth_image": ("target", "the same view without the flaw, of the same size"),
         "task": ("task", "what has to be undone"),
     }
-    licences = [f"- {SETS[name].task}: {SETS[name].about}" for name in roots]
+    licences = [f"- {source.task}: {source.about}" for source in found.values()]
     if photos:
         licence = as_text(args.photos_license or UNKNOWN_LICENCE)
         licences.append(f"- synthetic pairs: photos of {as_code(for_others(args.photos))}, licence: {licence}")
@@ -64,18 +75,19 @@ def build_low_level(args) -> None:
             else ""
         ),
         "licences": "\n".join(licences),
+        "sources": "\n".join(f"- `{line.replace(': ', '`: ', 1)}" for line in reports),
     }
     pool = ThreadPoolExecutor(THREADS)
 
     def read(name: str) -> bytes:
         head, _, rest = name.partition("/")
-        return photos.read(rest) if head == "photos" else (roots[head] / rest).read_bytes()
+        return photos.read(rest) if head == "photos" else read_file(roots[head], rest)
 
     def make_plan() -> tuple[list[Row], list[dict]]:
         rows, skipped = [], []
-        for name, (pairs, alone, _) in found.items():
-            skipped += alone
-            rows += plan_real(name, pairs, read, skipped, args, pool)
+        for name, source in found.items():
+            skipped += source.skipped
+            rows += plan_real(name, source, read, skipped, args, pool)
         if photos:
             rows += plan_synthetic(photos, skipped, args, pool)
         # No picture in two splits, whichever set or folder it comes from: the most held-out one wins.
@@ -116,9 +128,9 @@ def build_low_level(args) -> None:
 
 
 def plan_real(
-    name: str, pairs: list[Pair], read: Callable[[str], bytes], skipped: list[dict], args, pool: Executor
+    name: str, found: Found, read: Callable[[str], bytes], skipped: list[dict], args, pool: Executor
 ) -> list[Row]:
-    """Draw pairs of a set: so many of the training split, the same share of the others; sizes must agree."""
+    """Draw pairs of a source: so many of the training split, the same share of the others; sizes must agree."""
 
     def look(row: Row) -> str:
         target, degraded = decode_image(read(row.source)), decode_image(read(row.input))
@@ -130,11 +142,11 @@ def plan_real(
         return row.image_hash + image_hash(degraded)
 
     by_split: dict[str, list[Row]] = {split: [] for split in SPLITS}
-    for pair in sorted(pairs, key=lambda pair: unit_hash(args.seed, pair.input)):
+    for pair in sorted(found.pairs, key=lambda pair: unit_hash(args.seed, pair.input)):
         split = pair.split or split_of(pair.group, args)
-        by_split[split].append(Row(split, pair.target, task=SETS[name].task, input=pair.input))
+        by_split[split].append(Row(split, pair.target, task=found.task, input=pair.input))
     total = len(by_split["train"])
-    number = getattr(args, f"num_{name}")
+    number = getattr(args, f"num_{name}", None)
     if number and number > total:
         raise UserError(f"--num_{name}: {number} is more than its {total} training pairs; give at most {total}")
     share = number / total if number else args.fraction

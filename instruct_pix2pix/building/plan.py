@@ -1,5 +1,7 @@
 """Which rows a dataset gets: photos or pairs are looked at until enough can be used; their splits and wordings."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -105,6 +107,16 @@ def take_photos(
     candidates = (Row(split, inside + name) for name, split in names)
     take(chosen, skipped, candidates, look, min(wanted or len(names), len(names)), "photos", pool)
     return list(chosen.values())
+
+
+def by_reason(skipped: list[dict]) -> str:
+    """How many images were left out for which reason: "3 no partner, 1 not an image"."""
+
+    def kind(reason: str) -> str:  # without what is said of the one image
+        return re.sub(r"^\d+x\d+ is | as \S.*$| \(.*$|[:;].*$", "", reason)
+
+    counts = Counter(kind(row["reason"]) for row in skipped)
+    return ", ".join(f"{number} {reason}" for reason, number in counts.most_common())
 
 
 def read_again(name: str, read: Callable[[str], bytes], planned_hash: str | None = None):
