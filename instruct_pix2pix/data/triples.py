@@ -4,10 +4,11 @@
 sample stream into pixels, text and the random numbers that belong to this position.
 """
 
+import contextlib
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -75,10 +76,16 @@ class Triples:
     def distinct_instructions(self, most: int = ROWS_CHECKED) -> list[str]:
         """The instructions of at most `most` rows, evenly chosen, each once."""
         chosen = self.indices[np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)]
-        return list(dict.fromkeys(text for i in chosen if int(i) not in self.bad for text in self.instructions(int(i))))
+        return list(dict.fromkeys(self._texts_of(chosen)))
 
     def first_instruction(self) -> str:
-        return self.instructions(next(int(index) for index in self.indices if int(index) not in self.bad))[0]
+        return next(self._texts_of(self.indices))
+
+    def _texts_of(self, indices: Iterable[int]) -> Iterator[str]:
+        """The wordings of rows, those that have none left out, whatever else is known of them by now."""
+        for index in indices:
+            with contextlib.suppress(RowError):
+                yield from self.instructions(int(index))
 
     def tasks(self) -> list[str]:
         """The task of each row in use; "all" for rows that name none."""
