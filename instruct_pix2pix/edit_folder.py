@@ -439,7 +439,8 @@ def noise_seed(seed: int, input_sha256: str) -> int:
 
 
 def make_batches(sizes: dict[Edit, tuple[int, int]], multiple: int, batch_size: int) -> list[list[Edit]]:
-    """Groups of at most `batch_size` edits whose images have one size (width, height) once padded.
+    """Groups of at most `batch_size` edits whose images have one size (width, height) once padded: wide ones first, an
+    order that does not depend on which edits are done already.
 
     `sizes` are those inside the model, before padding to the `multiple`.
     """
@@ -447,9 +448,8 @@ def make_batches(sizes: dict[Edit, tuple[int, int]], multiple: int, batch_size: 
     for edit, (width, height) in sizes.items():
         padded = (width + -width % multiple, height + -height % multiple)
         groups.setdefault(padded, []).append(edit)
-    return [
-        group[start : start + batch_size] for group in groups.values() for start in range(0, len(group), batch_size)
-    ]
+    in_order = [group for _, group in sorted(groups.items(), reverse=True)]
+    return [group[start : start + batch_size] for group in in_order for start in range(0, len(group), batch_size)]
 
 
 def one_ahead(pool: Executor, function, items):

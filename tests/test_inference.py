@@ -442,6 +442,8 @@ def test_batches_share_a_size_once_padded():
     sizes = {name: size for name, size in zip("abcdef", [(64, 48)] * 3 + [(60, 40), (48, 64), (1, 1)], strict=True)}
     batches = edit_folder.make_batches(sizes, 16, 2)
     assert batches == [["a", "b"], ["c", "d"], ["e"], ["f"]]
+    narrow_first = dict(reversed(sizes.items()))
+    assert edit_folder.make_batches(narrow_first, 16, 2) == [["d", "c"], ["b", "a"], ["e"], ["f"]]
 
 
 @pytest.fixture
