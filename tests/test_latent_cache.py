@@ -257,11 +257,12 @@ def test_a_folder_that_holds_something_else_is_refused(small_run, tmp_path):
         small_run(name="b", **flags)
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_build(small_run, monkeypatch, built):
-    usage = latent_cache.shutil.disk_usage("/")._replace(free=100_000)
-    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"the cache needs 0\.3 MB in .*run, where 0\.1 MB are free; name another"):
-        small_run(cache_latents=True, **FIXED)
+def test_a_disk_that_is_too_small_is_noticed_before_the_build(small_run, monkeypatch, built, tmp_path):
+    small, usage = tmp_path / "small", latent_cache.shutil.disk_usage("/")  # --output_dir's own disk has room
+    free = {small: 100_000}
+    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: usage._replace(free=free.get(path, usage.free)))
+    with pytest.raises(UserError, match=r"the cache needs 0\.3 MB in .*small, where 0\.1 MB are free; name another"):
+        small_run(cache_latents=True, cache_dir=small, **FIXED)
     assert not built
 
 
