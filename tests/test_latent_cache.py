@@ -258,12 +258,8 @@ def test_a_folder_that_holds_something_else_is_refused(small_run, tmp_path):
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_build(small_run, tmp_path, monkeypatch, built):
-    place, usage_of = tmp_path / "small disk", latent_cache.shutil.disk_usage
-
-    def usage(path):
-        return usage_of(tmp_path)._replace(free=100_000 if path == place else 10**9)
-
-    monkeypatch.setattr(latent_cache.shutil, "disk_usage", usage)
+    place = tmp_path / "small disk"
+    monkeypatch.setattr(latent_cache, "free_space", lambda path: 100_000 if path == place else 10**9)
     with pytest.raises(UserError, match=r"the cache needs 0\.3 MB in .*disk, where 0\.1 MB are free; name another"):
         small_run(cache_latents=True, cache_dir=place, **FIXED)
     assert not built

@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ from instruct_pix2pix.data.geometry import crop_is_fixed, crop_pair
 from instruct_pix2pix.data.order import SampleOrder, stream
 from instruct_pix2pix.data.rows import Files
 from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, open_pair, to_unit_range
-from instruct_pix2pix.files import fingerprint, write_json, written_whole
+from instruct_pix2pix.files import fingerprint, free_space, in_megabytes, write_json, written_whole
 from instruct_pix2pix.images import BadImage, pixel_limit
 from instruct_pix2pix.models.sd import PIXELS_PER_PASS, encode_text, tokenize
 
@@ -289,8 +288,8 @@ def _prepare_folder(folder: Path, content: dict, files: dict[Path, dict]) -> lis
     place = folder.parent
     try:
         place.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(place).free
-        size = f"{_megabytes(needed)} in {place}, where {_megabytes(free)} are free"
+        free = free_space(place)
+        size = f"{in_megabytes(needed)} in {place}, where {in_megabytes(free)} are free"
         if needed > 0.95 * free:
             return UserError(f"--cache_latents: the cache needs {size}; name another --cache_dir or --no-cache_latents")
         for other in sorted(place.glob("latent-cache-*")):
@@ -304,10 +303,6 @@ def _prepare_folder(folder: Path, content: dict, files: dict[Path, dict]) -> lis
     except OSError as error:
         return UserError(f"--cache_latents: {folder} cannot be made ({error}); name another --cache_dir")
     return missing
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"
 
 
 def _read_manifest(folder: Path) -> dict | None:
