@@ -11,7 +11,7 @@ from typing import IO
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError, first_line
-from instruct_pix2pix.files import fingerprint
+from instruct_pix2pix.files import fingerprint, free_space
 from instruct_pix2pix.images import is_junk
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -53,7 +53,7 @@ def unpack(archives: list[Path], cache: Path, what: str) -> Path:
 
 def _unpack_one(path: Path, folder: Path) -> None:
     """Every file of an archive into `folder`. Raises UserError, the message going on after the archive's name."""
-    room = SHARE_OF_DISK * shutil.disk_usage(folder).free
+    room = SHARE_OF_DISK * free_space(folder)
     try:
         for name, size, open_file in _members(path):
             if (room := room - size) < 0:
