@@ -85,11 +85,10 @@ class Files:
             path = cell["path"] if cell and cell["bytes"] is None else None
             if path and is_url(path) and not self._kept(path).is_file():
                 addresses[path] = None
-        bar = {"total": len(addresses), "desc": "Fetching images", "unit": "image", "leave": False}
-        with ThreadPoolExecutor(DOWNLOADS_AT_A_TIME) as pool:
-            for address, reason in tqdm(
-                zip(addresses, pool.map(self._fetch, addresses), strict=True), **bar, disable=not show_progress
-            ):
+        bar = tqdm(desc="Fetching images", total=len(addresses), disable=not (addresses and show_progress), leave=False)
+        with bar, ThreadPoolExecutor(DOWNLOADS_AT_A_TIME) as pool:
+            for address, reason in zip(addresses, pool.map(self._fetch, addresses), strict=True):
+                bar.update()
                 if reason:
                     self.failed[address] = reason
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from instruct_pix2pix import publishing
 from instruct_pix2pix.cli import RowError
@@ -63,7 +64,7 @@ def run_updates(run: Run) -> dict:
         validate(run, run.first_step, only_missing=True)  # the run before may have ended between checkpoint and picture
     log, started = Log(run), time.perf_counter()
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, logging_redirect_tqdm():  # a message on a line of its own, above the bar
             for step in range(run.first_step + 1, last + 1):
                 learning_rate = run.learning_rate(step)
                 inputs = run.make_inputs(next(run.windows))
