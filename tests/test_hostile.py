@@ -6,11 +6,13 @@ import json
 import re
 import signal
 import struct
+import tarfile
 import tracemalloc
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -116,6 +118,60 @@ def test_metadata_of_any_content(name, tmp_path):
         (folders[0] / name).write_bytes(content)
         with refused_or_read():
             load_triples(Source(str(folders[0]), "--train_data_dir"), show_progress=False)
+
+
+def whole_files() -> dict[str, bytes]:
+    """A good file of every other kind that makes a dataset."""
+    image, packed, table = io.BytesIO(), {"zip": io.BytesIO(), "tar": io.BytesIO()}, io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    rows = [{"input_image": "a.png", "edit_prompt": "x", "edited_image": "a.png"}]
+    contents = {"a.png": image.getvalue(), "metadata.jsonl": ROWS["metadata.jsonl"].encode()}
+    with zipfile.ZipFile(packed["zip"], "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    with tarfile.open(fileobj=packed["tar"], mode="w:gz") as archive:
+        for name, content in contents.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    datasets.Dataset.from_list(rows).to_parquet(table)
+    return {
+        "rows.json": json.dumps(rows).encode(),
+        "rows.tsv": b"input_image\tedit_prompt\tedited_image\na.png\tx\ta.png\n",
+        "seeds.json": b'[["0000001", ["12", "34"]], ["0000002", ["5"]]]',
+        "rows.zip": packed["zip"].getvalue(),
+        "rows.tar.gz": packed["tar"].getvalue(),
+        "rows.parquet": table.getvalue(),
+    }
+
+
+@pytest.mark.parametrize("name", whole_files())
+def test_other_kinds_of_datasets_of_any_content(name, tmp_path):
+    whole, folder = whole_files()[name], tmp_path / "a"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "a.png")
+    named = str(folder if name == "seeds.json" else folder / name)
+    number = iter(range(10_000))
+
+    def read(content: bytes) -> int:
+        (folder / name).write_bytes(content)
+        cache = tmp_path / f"cache-{next(number)}"  # an archive of the same size and time would be taken from it
+        return len(load_triples(Source(named, "--dataset_name", cache_dir=str(cache)), show_progress=False))
+
+    if name != "seeds.json":  # which has no images here
+        assert read(whole) in (1, 2)
+
+    @hostile(10 if name == "rows.parquet" else 40)
+    @given(st.binary(max_size=200) | damaged(whole))
+    def check(content):
+        with refused_or_read():
+            read(content)
+
+    check()
+    with refused_or_read():
+        read(DEEP)
+    outside = {path for path in tmp_path.iterdir() if not path.name.startswith("cache-")}
+    assert outside == {folder} and {path.name for path in folder.iterdir()} == {"a.png", name}
 
 
 def test_metadata_nested_deeper_than_the_stack(tmp_path):

@@ -472,7 +472,7 @@ def _read_seeds(path: Path, split: str, source: Source) -> Table:
     try:
         ids = json.loads((path / "seeds.json").read_text(encoding="utf-8"))
         ids = [(str(name), [str(seed) for seed in seeds]) for name, seeds in ids]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{source}: seeds.json is no list of [id, [seed, ...]]: {first_line(error)}") from None
     low, high = {"train": (0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1)}[split]
     ids = ids[math.floor(low * len(ids)) : math.floor(high * len(ids))]
@@ -481,7 +481,7 @@ def _read_seeds(path: Path, split: str, source: Source) -> Table:
     for name, seeds in tqdm(ids, desc="Reading prompts", unit="id", leave=False, delay=2):
         try:
             text = json.loads((path / name / "prompt.json").read_text(encoding="utf-8"))["edit"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             left_out.append({"file": f"{name}/prompt.json", "reason": f"cannot be read ({first_line(error)})"})
             continue
         for seed in seeds:
