@@ -4,7 +4,8 @@
 
 Everything that comes back in a training is on: an average, checkpoints, validation pictures, loader processes. The
 first tenth is counted after as many updates of warm-up. Exit code 1 where memory has grown by more than 2%, or the
-number of open files has changed; the speed is only said, as a machine does other things too.
+number of open files has changed; the speed is only said, as a machine does other things too: by the clock, and as the
+processor time of the training's own process.
 """
 
 import json
@@ -34,8 +35,9 @@ def prepare(work_dir: Path) -> None:
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
-def train(work_dir: Path, updates: int) -> list[tuple[int, int, int]]:
-    """Train; returns what was seen of the process meanwhile: (updates logged, bytes of memory, open files)."""
+def train(work_dir: Path, updates: int) -> list[tuple[int, int, int, float]]:
+    """Train; returns what was seen of the process meanwhile: (updates logged, bytes of memory, open files, processor
+    seconds)."""
     flags = {
         "pretrained_model_name_or_path": work_dir / "base",
         "dataset_name": work_dir / "pairs",
@@ -63,7 +65,8 @@ def train(work_dir: Path, updates: int) -> list[tuple[int, int, int]]:
             time.sleep(EVERY)
             lines = log.read_bytes().count(b"\n") if log.exists() else 0  # one for each update
             try:
-                seen.append((lines, watched.memory_info().rss, watched.num_fds()))
+                spent = watched.cpu_times()
+                seen.append((lines, watched.memory_info().rss, watched.num_fds(), spent.user + spent.system))
             except psutil.Error:  # it has just ended
                 break
     if process.returncode:
@@ -71,17 +74,19 @@ def train(work_dir: Path, updates: int) -> list[tuple[int, int, int]]:
     return seen
 
 
-def compare(work_dir: Path, seen: list[tuple[int, int, int]], updates: int) -> dict[str, tuple[float, float]]:
-    """Figure -> of the first tenth after warm-up, and of the last: medians, MB, files and milliseconds."""
+def compare(work_dir: Path, seen: list[tuple[int, int, int, float]], updates: int) -> dict[str, tuple[float, float]]:
+    """Figure -> of the first tenth after warm-up, and of the last: medians, of the processor's time the mean."""
     tenth = updates // 10
     log = [json.loads(line) for line in (work_dir / "run/training_log.jsonl").read_text().splitlines()]
-    figures = {"memory (MB)": [], "open files": [], "milliseconds per update": []}
+    figures = {"memory (MB)": [], "open files": [], "processor ms per update": [], "ms per update": []}
     for first in (tenth, updates - tenth):
         during = [sample for sample in seen if first <= sample[0] < first + tenth]
-        figures["memory (MB)"].append(statistics.median(memory for _, memory, _ in during) / 1e6)
-        figures["open files"].append(statistics.median(files for _, _, files in during))
+        figures["memory (MB)"].append(statistics.median(memory for _, memory, *_ in during) / 1e6)
+        figures["open files"].append(statistics.median(files for _, _, files, _ in during))
         seconds = [2 / entry["images_per_second"] for entry in log if first < entry["step"] <= first + tenth]
-        figures["milliseconds per update"].append(1000 * statistics.median(seconds))
+        figures["ms per update"].append(1000 * statistics.median(seconds))
+        spent = (during[-1][3] - during[0][3]) / (during[-1][0] - during[0][0])
+        figures["processor ms per update"].append(1000 * spent)
     return {name: tuple(values) for name, values in figures.items()}
 
 
