@@ -51,12 +51,12 @@ test-old-libraries: $(VENV)/.installed-dev $(OLD_VENV)/.installed
 # 50 kills at random moments, some ten minutes on two cores; KILLS and SEED override. docs/soak.md has the last table.
 soak: $(VENV)/.installed
 	rm -rf outputs/soak
-	OMP_NUM_THREADS=1 $(BIN)/python tools/soak.py --kills "$(or $(KILLS),50)" $(if $(SEED),--seed "$(SEED)") --work_dir outputs/soak
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --kills "$(or $(KILLS),50)" $(if $(SEED),--seed "$(SEED)") --work_dir outputs/soak
 
 # 2,000 updates, some five minutes: does a training grow?
 long-run: $(VENV)/.installed
 	rm -rf outputs/long-run
-	OMP_NUM_THREADS=1 $(BIN)/python tools/long_run.py --work_dir outputs/long-run
+	OMP_NUM_THREADS=1 $(BIN)/python tests/long_run.py --work_dir outputs/long-run
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

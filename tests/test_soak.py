@@ -11,7 +11,7 @@ from tests.conftest import ROOT, copy_tree
 
 @pytest.mark.slow
 def test_what_is_killed_and_run_again_makes_the_same_bytes(tmp_path):
-    command = [sys.executable, "tools/soak.py", "--kills=7", "--seed=3", f"--work_dir={tmp_path / 'soak'}"]
+    command = [sys.executable, "tests/soak.py", "--kills=7", "--seed=3", f"--work_dir={tmp_path / 'soak'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]

@@ -1,6 +1,6 @@
 """Kill real work at random moments, run the same command again, compare what it made with an uninterrupted run.
 
-    python tools/soak.py --kills 50 --seed 1 --work_dir outputs/soak
+    python tests/soak.py --kills 50 --seed 1 --work_dir outputs/soak
 
 Works through JOBS in turn until so many kills were dealt, SIGKILL and SIGTERM alternately. A job is killed, run again
 and killed again, at most three times, and then left to end; the moment of each kill is drawn uniformly over the time

@@ -1,6 +1,6 @@
 """Train the tiny model for long and compare the first tenth with the last: memory, open files, seconds per update.
 
-    python tools/long_run.py --work_dir outputs/long-run
+    python tests/long_run.py --work_dir outputs/long-run
 
 Everything that comes back in a training is on: an average, checkpoints, validation pictures, loader processes. The
 first tenth is counted after as many updates of warm-up. Exit code 1 where memory has grown by more than 2%, or the
