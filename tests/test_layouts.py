@@ -121,6 +121,11 @@ def test_two_folders_of_any_names(tmp_path):
     assert read(tmp_path / "summer days", **two) == THREE
 
 
+def test_a_folder_of_its_own_inside_one_side_is_part_of_the_names(tmp_path):
+    save_sides(tmp_path / "original" / "cats", tmp_path / "edited" / "dogs")
+    assert "0 pairs of equal names and 6 images without a partner" in refusal(tmp_path, instruction="edit it")
+
+
 def test_folders_that_could_be_several_pairs_are_refused(tmp_path):
     for name in ("input", "target", "gt"):
         save_sides(tmp_path / name, tmp_path / "gt")

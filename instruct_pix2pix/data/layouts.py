@@ -335,7 +335,10 @@ def _prompts(values: list) -> list:
 def _read_sides(place: Place, records: list[dict], source: Source) -> Table:
     """Pairs of equal file names. Files without a partner, and pairs without an instruction, are left out and counted;
     where they are more than the pairs, the two folders do not belong together."""
-    sides = [inner_folder(side) for side in place.sides]
+    sides = list(place.sides)
+    for number, side in enumerate(sides):  # A.zip often holds A/
+        while [name.lower() for name in _names(side)] == [side.name.lower()]:
+            side = sides[number] = side / _names(side)[0]
     names, others = zip(*(find_images(side) for side in sides), strict=True)
     found = pair_by_name(*names, str(source))
     counts = found.counts() | {"other files": sum((others[0] + others[1]).values())}
