@@ -137,8 +137,17 @@ def test_a_caption_file_per_image(tmp_path):
     for number in range(3):
         (tmp_path / "B" / f"000{number}.txt").write_text(f"words of {number}\nmore words\n")
     assert read(tmp_path) == [(number, [f"words of {number}", "more words"]) for number in range(3)]
+    assert find_rows(Source(str(tmp_path), "--dataset_name")).counts["other files"] == 0
     (tmp_path / "A" / "0000.txt").write_text("a photo")
     assert "A/ and B/ both have a text file per image" in refusal(tmp_path)
+
+
+def test_a_text_that_is_no_caption_is_another_file(tmp_path):
+    save_sides(tmp_path / "A", tmp_path / "B")
+    (tmp_path / "A" / "readme.txt").write_text("photographs of mine")
+    (tmp_path / "instructions.txt").write_text("edit it")
+    assert read(tmp_path) == THREE
+    assert find_rows(Source(str(tmp_path), "--dataset_name")).counts["other files"] == 1
 
 
 def test_a_caption_that_is_missing_is_counted_and_named(tmp_path):
@@ -200,8 +209,9 @@ def test_several_rows_for_one_image_are_several_instructions(named, tmp_path):
     save_sides(tmp_path / "original", tmp_path / "edited")
     words = ("make it a cartoon", "draw it as a comic")
     rows = [{"file_name": named.format(number), "edit_prompt": text} for number in range(3) for text in words]
-    write_rows(tmp_path / "metadata.jsonl", rows)
+    write_rows(tmp_path / "metadata.jsonl", [*rows, {"file_name": "9.png", "edit_prompt": "x"}])
     assert read(tmp_path) == [(number, list(words)) for number in range(3)]
+    assert find_rows(Source(str(tmp_path), "--dataset_name")).counts["rows of metadata.jsonl without a pair"] == 1
 
 
 def test_prompts_by_file_name_for_each_split(tmp_path):

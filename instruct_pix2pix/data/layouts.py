@@ -341,7 +341,7 @@ def _read_sides(place: Place, records: list[dict], source: Source) -> Table:
             side = sides[number] = side / _names(side)[0]
     names, others = zip(*(find_images(side) for side in sides), strict=True)
     found = pair_by_name(*names, str(source))
-    counts = found.counts() | {"other files": sum((others[0] + others[1]).values())}
+    counts = found.counts()
     left_out = []
     for side, other, alone in ((0, 1, found.inputs_alone), (1, 0, found.targets_alone)):
         reason = f"no partner of the same name in {sides[other].name}/"
@@ -354,34 +354,50 @@ def _read_sides(place: Place, records: list[dict], source: Source) -> Table:
         )
     images = {side: [str(sides[side] / pair[side]) for pair in found.pairs] for side in (0, 1)}
     columns = {"original_image": images[0], "edited_image": images[1]}
+    others = others[0] + others[1]
     if source.instruction is None:
-        name, prompts = _instructions_of_pairs(place, sides, found.pairs, others, records, source)
-        columns[name] = _prompts(prompts)
+        captions = _captions(place, sides, found.pairs, others, source)
+        if place.tables:
+            table = place.tables[0].name
+            prompts, unused = _match(found.pairs, sides, records, source, table)
+            counts[f"rows of {table} without a pair"] = unused
+        elif captions:
+            prompts, others = captions, others - Counter({".txt": others[".txt"]})
+        else:
+            prompts = [_instructions_for_all(place, source)] * len(found.pairs)
+        # A flag that names another column is wrong where there is no table.
+        columns[source.edit_prompt_column if place.tables and source.edit_prompt_column else "edit_prompt"] = prompts
         counts["pairs without an instruction"] = sum(prompt is None for prompt in prompts)
+    counts["other files"] = sum(others.values())
     return Table(columns, counts, left_out)
 
 
-def _instructions_of_pairs(place: Place, sides, pairs, others, records: list[dict], source: Source) -> tuple[str, list]:
-    """The column's name and each pair's instructions: of a metadata file, of text files beside the images, or of
-    instructions.txt, which may also lie above the split's folder. Raises UserError where there is none of them."""
-    column = "edit_prompt"  # a flag that names another one is wrong where there is no table
-    if records:
-        return source.edit_prompt_column or column, _match(pairs, sides, records, source, place.tables[0].name)
-    captions = [side for side, other in zip(sides, others, strict=True) if other[".txt"]]
-    if len(captions) > 1:
-        raise UserError(
-            f"{source}: {sides[0].name}/ and {sides[1].name}/ both have a text file per image; which are the"
-            " instructions? Keep one kind"
-        )
-    captions += [place.folder / name for name in CAPTION_FOLDERS if (place.folder / name).is_dir()]
-    if captions:
-        side = 1 if captions[0] == sides[1] else 0
-        return column, [_caption(captions[0] / f"{stem(pair[side])}.txt", source) for pair in pairs]
+def _instructions_for_all(place: Place, source: Source) -> list[str]:
+    """The lines of instructions.txt, which may also lie above the split's folder."""
     for folder in (place.folder, place.folder.parent):
         if (folder / "instructions.txt").is_file():
-            return column, [read_wordings(folder / "instructions.txt", str(source))] * len(pairs)
+            return read_wordings(folder / "instructions.txt", str(source))
     remedy = "add instructions.txt (wordings for all pairs), metadata.jsonl, or --instruction TEXT"
     raise UserError(f"{source} has no instructions; {remedy}")
+
+
+def _captions(place: Place, sides: list[Path], pairs, others: Counter[str], source: Source) -> list | None:
+    """The lines of the text file that each pair has beside one of its images, or in a folder beside the two, None for
+    a pair without; None where no pair has one."""
+    places = {folder: 0 for name in CAPTION_FOLDERS if (folder := place.folder / name).is_dir()}
+    if others[".txt"]:
+        places |= {sides[0]: 0, sides[1]: 1}
+    found = {}
+    for folder, side in places.items():
+        captions = [_caption(folder / f"{stem(pair[side])}.txt", source) for pair in pairs]
+        if any(captions):
+            found[folder.name] = captions
+    if len(found) > 1:
+        first, second = sorted(found)[:2]
+        raise UserError(
+            f"{source}: {first}/ and {second}/ both have a text file per image; which are the instructions? Keep one"
+        )
+    return next(iter(found.values()), None)
 
 
 def _caption(path: Path, source: Source) -> list[str] | None:
@@ -394,8 +410,9 @@ def _caption(path: Path, source: Source) -> list[str] | None:
     return lines or None
 
 
-def _match(pairs: list[tuple[str, str]], sides, records: list[dict], source: Source, table: str) -> list:
-    """The instructions that rows with a file name give each pair: several rows for one pair are several wordings."""
+def _match(pairs: list[tuple[str, str]], sides, records: list[dict], source: Source, table: str) -> tuple[list, int]:
+    """The instructions that rows with a file name give each pair, where several rows for one pair are several wordings;
+    and how many rows name none of them."""
     text, file = _text_keys(records[0], source)
     wanted = source.edit_prompt_column or "edit_prompt"
     if text is None or file is None or not all(isinstance(record.get(file), str) for record in records):
@@ -406,6 +423,7 @@ def _match(pairs: list[tuple[str, str]], sides, records: list[dict], source: Sou
             for form in (name, f"{sides[side].name}/{name}", stem(name), f"{sides[side].name}/{stem(name)}"):
                 places[unicodedata.normalize("NFC", form)].add(number)
     prompts: list[list[str] | None] = [None] * len(pairs)
+    unused = 0
     for record in records:
         name = unicodedata.normalize("NFC", record[file].replace("\\", "/").removeprefix("./"))
         numbers = places.get(name) or places.get(stem(name)) or set()
@@ -413,9 +431,10 @@ def _match(pairs: list[tuple[str, str]], sides, records: list[dict], source: Sou
             shown = " and ".join(pairs[number][0] for number in sorted(numbers)[:2])
             raise UserError(f"{source}: {table}: {record[file]} could be {shown}; write the whole file name")
         wordings = record.get(text) if isinstance(record.get(text), list) else [record.get(text)]
+        unused += not numbers
         for number in numbers:
             prompts[number] = [*(prompts[number] or []), *(word for word in wordings if isinstance(word, str))] or None
-    return prompts
+    return prompts, unused
 
 
 def _text_keys(row: dict, source: Source) -> tuple[str | None, str | None]:
