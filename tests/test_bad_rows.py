@@ -114,7 +114,7 @@ def test_the_dry_run_counts_what_a_folder_holds(broken, small_run, capsys):
         "pairs": 9,
         "inputs without a partner": 1,
         "targets without a partner": 0,
-        "other files": 1,
+        "other files": {".pdf": 1},
         "pairs without an instruction": 0,
     }
 

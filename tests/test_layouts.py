@@ -137,7 +137,7 @@ def test_a_caption_file_per_image(tmp_path):
     for number in range(3):
         (tmp_path / "B" / f"000{number}.txt").write_text(f"words of {number}\nmore words\n")
     assert read(tmp_path) == [(number, [f"words of {number}", "more words"]) for number in range(3)]
-    assert find_rows(Source(str(tmp_path), "--dataset_name")).counts["other files"] == 0
+    assert find_rows(Source(str(tmp_path), "--dataset_name")).counts["other files"] == {}
     (tmp_path / "A" / "0000.txt").write_text("a photo")
     assert "A/ and B/ both have a text file per image" in refusal(tmp_path)
 
@@ -147,7 +147,7 @@ def test_a_text_that_is_no_caption_is_another_file(tmp_path):
     (tmp_path / "A" / "readme.txt").write_text("photographs of mine")
     (tmp_path / "instructions.txt").write_text("edit it")
     assert read(tmp_path) == THREE
-    assert find_rows(Source(str(tmp_path), "--dataset_name")).counts["other files"] == 1
+    assert find_rows(Source(str(tmp_path), "--dataset_name")).counts["other files"] == {".txt": 1}
 
 
 def test_a_caption_that_is_missing_is_counted_and_named(tmp_path):
@@ -174,7 +174,7 @@ def test_unpaired_files_are_counted_listed_and_left_out(tmp_path):
         "pairs": 3,
         "inputs without a partner": 1,
         "targets without a partner": 1,
-        "other files": 1,
+        "other files": {".pdf": 1},
         "pairs without an instruction": 0,
     }
     assert found.left_out == [

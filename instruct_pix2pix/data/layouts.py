@@ -24,10 +24,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from instruct_pix2pix.cli import UserError, first_line
+from instruct_pix2pix.cli import UserError, first_line, warn
 from instruct_pix2pix.data.pairing import SPLIT_NAMES, pair_by_name, stem
 from instruct_pix2pix.data.sources import COLUMN_NAMES, TASK_COLUMN, Source, find_columns, read_wordings
-from instruct_pix2pix.images import find_images, is_junk, is_url, suffixes
+from instruct_pix2pix.images import describe_others, find_images, is_junk, is_url, suffixes
 
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv")
 # JSON that is about a dataset or a model, not rows of one.
@@ -52,7 +52,7 @@ class Table:
     """Columns by name, an image's as absolute paths or addresses, None where a row has none."""
 
     columns: dict[str, list]
-    counts: dict[str, int] = field(default_factory=dict)  # pairs, files without a partner, other files
+    counts: dict = field(default_factory=dict)  # how many pairs, files without a partner, other files by ending
     left_out: list[dict] = field(default_factory=list)  # {"file", "reason"} of what became no row
 
 
@@ -368,7 +368,9 @@ def _read_sides(place: Place, records: list[dict], source: Source) -> Table:
         # A flag that names another column is wrong where there is no table.
         columns[source.edit_prompt_column if place.tables and source.edit_prompt_column else "edit_prompt"] = prompts
         counts["pairs without an instruction"] = sum(prompt is None for prompt in prompts)
-    counts["other files"] = sum(others.values())
+    if others:
+        warn(f"{source}: left out what is no image: {describe_others(others)}")
+    counts["other files"] = dict(sorted(others.items()))
     return Table(columns, counts, left_out)
 
 

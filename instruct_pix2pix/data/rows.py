@@ -42,7 +42,7 @@ class Rows:
     columns: dict[str, str]
     wordings: list[str] | None
     files: Files
-    counts: dict[str, int] = field(default_factory=dict)  # of a local layout: pairs, files without a partner
+    counts: dict = field(default_factory=dict)  # of a local layout, see layouts.Table
     left_out: list[dict] = field(default_factory=list)  # {"file", "reason"} of what became no row
 
 
@@ -128,7 +128,7 @@ def find_rows(source: Source) -> Rows:
     return Rows(table, columns, wordings, files, counts, left_out)
 
 
-def _load(source: Source) -> tuple[datasets.Dataset, Files, dict[str, int], list[dict]]:
+def _load(source: Source) -> tuple[datasets.Dataset, Files, dict, list[dict]]:
     cache = Path(source.cache_dir or datasets.config.HF_DATASETS_CACHE) / "instruct_pix2pix"
     path, unpacked = Path(source.name).expanduser(), []
     places = places_of_two_folders(source) if source.edited_dir else {}

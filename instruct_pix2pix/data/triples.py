@@ -47,7 +47,7 @@ class Triples:
     source: str
     on_bad_row: str  # skip or error
     geometry: str
-    counts: dict[str, int]  # of the files that a local layout found
+    counts: dict  # of the files that a local layout found, see layouts.Table
     left_out: list[dict]  # {"file", "reason"} of files that became no row
     bad: dict[int, str] = field(default_factory=dict)  # rows found so far that cannot be used -> why
 
