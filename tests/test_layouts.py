@@ -126,6 +126,13 @@ def test_a_folder_of_its_own_inside_one_side_is_part_of_the_names(tmp_path):
     assert "0 pairs of equal names and 6 images without a partner" in refusal(tmp_path, instruction="edit it")
 
 
+def test_two_folders_train_and_their_card_names_them(small_run, tmp_path):
+    save_sides(tmp_path / "summer", tmp_path / "winter")
+    run = small_run(original_dir=tmp_path / "summer", edited_dir=tmp_path / "winter", instruction="let it snow")
+    card = (run / "README.md").read_text()
+    assert "on\n`summer` and `winter`" in card and '"let it snow",' in card and str(tmp_path) not in card
+
+
 def test_folders_that_could_be_several_pairs_are_refused(tmp_path):
     for name in ("input", "target", "gt"):
         save_sides(tmp_path / name, tmp_path / "gt")
