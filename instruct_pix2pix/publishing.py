@@ -301,7 +301,8 @@ def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruct
     """The card's text: base model, data, licence, a snippet that runs, the settings and what training took."""
     base, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
     base_id, data_id = _hub_id(base), _hub_id(data)
-    trained_on = [data] if data else [config.original_dir, config.edited_dir]
+    folders = [] if data else [config.original_dir, config.edited_dir]
+    trained_on = " and ".join(as_code(for_others(name)) for name in folders or [data])
     licence = base_licence(base)
     metadata = ModelCardData(
         license=licence or "other",
@@ -340,7 +341,7 @@ edited.save("edited.png")"""
 
 A Stable Diffusion model that edits images by instruction. Its UNet was trained with the InstructPix2Pix objective
 ([Brooks et al. 2023](https://arxiv.org/abs/2211.09800)), starting from {as_code(for_others(base))}, on
-{" and ".join(as_code(for_others(name)) for name in trained_on)}. Its licence follows the base model's: {as_text(licence or "not stated there, so unknown")}.
+{trained_on}. Its licence follows the base model's: {as_text(licence or "not stated there, so unknown")}.
 The dataset has a licence of its own.
 
 ## Use

@@ -64,12 +64,12 @@ left = sorted(path.name for path in (disk / "run").glob("*checkpoint-*"))
 said["left"] = [left, checkpoint.damage(disk / "run" / "checkpoint-1")]
 
 usual = ["--instruction", "blur it", "--steps", 1, "--resolution", 64, "--model_id", base]
-usual += ["--output_dir", disk / "edited"]
+usual += ["--output_dir", disk / "edited", "--batch_size", 1]
 one = disk / "run" / "checkpoint-1"
 run("export", export_checkpoint.main, one, "--output_dir", disk / "pipeline")
 run("evaluate", evaluate.main, "--model", base, "--dataset", pairs, "--output_dir", disk / "evaluation")
 (disk / "filler").unlink()
-fill(leaving=30_000)
+fill(leaving=60_000)
 run("edit", edit_images.main, pairs / "original", *usual)
 run("build", build_cartoonization.main, "--photos", pairs / "original", "--cartoonizer", "opencv", "--output_dir",
     disk / "dataset")

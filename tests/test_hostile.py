@@ -485,6 +485,8 @@ def test_a_model_card_shows_what_was_typed_as_text(instruction, base, name, prom
         pretrained_model_name_or_path=f"nobody/{base}",
         dataset_name=base,
         train_data_dir=None,
+        original_dir=None,
+        edited_dir=None,
         output_dir=f"outputs/{name}",
         guidance_scale=7.0,
         image_guidance_scale=1.5,
