@@ -57,11 +57,11 @@ TRAIN = (
     " --use_ema --seed=7 --report_to=none --checkpointing_steps=4 --checkpoints_total_limit=1"
     " --resume_from_checkpoint=latest --output_dir=out"
 )
-PHOTOS = f"--photos {ROOT}/assets/photos --max_short_side 72 --rows_per_shard 50 --output_dir out"
+PHOTOS = f"--photos {ROOT}/assets/photos --max_short_side 72 --rows_per_shard 25 --output_dir out"
 EDITING = "--guidance_scale 3 --image_guidance_scale 1.5 --seed 1"
 JOBS = [
-    Job("cartoons", "data_preparation/build_cartoonization.py", f"{PHOTOS} --max_num_samples 80 --cartoonizer opencv"),
-    Job("low level", "data_preparation/build_low_level.py", f"{PHOTOS} --synthesize 288 --all_instructions"),
+    Job("cartoons", "data_preparation/build_cartoonization.py", f"{PHOTOS} --max_num_samples 50 --cartoonizer opencv"),
+    Job("low level", "data_preparation/build_low_level.py", f"{PHOTOS} --synthesize 150 --all_instructions"),
     Job(
         "training",
         "finetune_instruct_pix2pix.py",
@@ -90,7 +90,7 @@ JOBS = [
     Job(
         "edited folder",
         "inference/edit_images.py",
-        f"{ROOT}/assets/photos/test/[fm]*.webp --instruction cartoonize --model_id ../../training/whole/out"
+        f"{ROOT}/assets/photos/test/[f]*.webp --instruction cartoonize --model_id ../../training/whole/out"
         f" --resolution 64 --steps 3 --batch_size 4 {EDITING} --output_dir out",
     ),
 ]
