@@ -107,6 +107,21 @@ def test_a_replaced_checkpoint_that_was_stepping_aside_comes_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
+def test_a_kill_while_an_old_checkpoint_goes_leaves_nothing_of_it(small_run, monkeypatch):
+    output_dir = small_run(max_train_steps=3, checkpointing_steps=1)
+
+    def killed(folder):
+        (folder / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoints.remove_old(output_dir, 2)
+    checkpoints.remove_partial(output_dir)
+    checkpoints.remove_old(output_dir, 2)
+    assert sorted(path.name for path in output_dir.glob("*checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_checkpoints_that_cannot_be_resumed_from(small_run, tmp_path):
     with pytest.raises(UserError, match="--resume_from_checkpoint: .*nowhere does not exist"):
         small_run(resume_from_checkpoint=str(tmp_path / "nowhere"))

@@ -102,7 +102,8 @@ def has_tables_of_the_library(path: Path) -> bool:
 def _places_in(path: Path, source: Source) -> dict[str, Place]:
     """The splits that lie in a folder itself. A table that names both images goes before folders that look like pairs,
     since such a table's images lie in some folder."""
-    files = [name for name in _names(path) if (path / name).is_file()]
+    with os.scandir(path) as entries:  # one look at a folder of a million images
+        files = sorted(entry.name for entry in entries if entry.is_file() and not is_junk(entry.name))
     data = [path / name for name in files if name.lower().endswith(DATA_FILES) and name.lower() not in NOT_ROWS]
     metadata = [file for file in data if file.stem.lower() == "metadata"]
     rows = {file: _first_row(file) for file in metadata or data}

@@ -232,7 +232,9 @@ def remove_old(output_dir: Path, limit: int | None) -> None:
     not: it must not outlive the last that is whole."""
     if limit is not None:
         for old in [path for path in list_checkpoints(output_dir) if damage(path) is None][:-limit]:
-            shutil.rmtree(old)
+            going = old.with_name(f".{old.name}.partial")  # killed at half, remove_partial ends it
+            os.replace(old, going)
+            shutil.rmtree(going)
 
 
 def load_training_state(
