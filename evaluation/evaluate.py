@@ -133,7 +133,7 @@ def edit(pipeline, triples: list[dict], args) -> None:
 
 def measure(triples: list[dict]) -> dict:
     """Mean PSNR and SSIM of each kind against the target: over all images, and per task where there are several."""
-    from instruct_pix2pix.metrics import psnr, ssim
+    from instruct_pix2pix.evaluation.metrics import psnr, ssim
 
     groups = defaultdict(list)
     for triple in triples:

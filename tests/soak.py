@@ -117,7 +117,7 @@ def import_libraries() -> None:
     import instruct_pix2pix.building.cartoonization
     import instruct_pix2pix.building.low_level
     import instruct_pix2pix.edit_folder
-    import instruct_pix2pix.metrics
+    import instruct_pix2pix.evaluation.metrics
     import instruct_pix2pix.training.trainer  # noqa: F401
 
     # Both libraries import a class when it is first asked for.

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from evaluation import evaluate
-from instruct_pix2pix import metrics
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.geometry import align_original, crop_pair, whitebox_size
 from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.data.triples import TripleDataset, load_triples
+from instruct_pix2pix.evaluation import metrics
 from tests.conftest import ROOT
 
 

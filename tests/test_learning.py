@@ -8,7 +8,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
 from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
-from instruct_pix2pix.metrics import psnr
+from instruct_pix2pix.evaluation.metrics import psnr
 from tests.conftest import ROOT, run_script
 
 pytestmark = pytest.mark.slow

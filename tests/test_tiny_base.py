@@ -20,7 +20,7 @@ from instruct_pix2pix.building.generic_edits import EDITS, FUNCTIONS, RESTORATIO
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.rows import find_rows
 from instruct_pix2pix.data.sources import Source
-from instruct_pix2pix.metrics import psnr
+from instruct_pix2pix.evaluation.metrics import psnr
 from instruct_pix2pix.models.sd import widen_conv_in
 from instruct_pix2pix.models.tiny import VOCABULARY, build_tiny_pipeline, build_tokenizer, save_pipeline
 from instruct_pix2pix.training.tiny_base import optimise, standardise_latents, to_model

@@ -27,8 +27,8 @@ from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
 from instruct_pix2pix.building.generic_edits import FUNCTIONS, WORDINGS, cut_tile, make_pair
 from instruct_pix2pix.building.photos import decode_image
 from instruct_pix2pix.data.triples import to_unit_range
+from instruct_pix2pix.evaluation.metrics import psnr
 from instruct_pix2pix.files import write_json
-from instruct_pix2pix.metrics import psnr
 from instruct_pix2pix.models.sd import tokenize
 from instruct_pix2pix.models.tiny import build_tiny_pipeline, build_tokenizer, build_vae, save_pipeline
 from instruct_pix2pix.training.ema import EMA

@@ -1,0 +1,1 @@
+"""Measuring edits as the field does: metrics, protocols, intervals, pages. Scripts: evaluation/."""
