@@ -1,11 +1,51 @@
-"""How close one image is to another. PSNR and SSIM are computed on RGB at the target's own resolution."""
+"""How close one image is to another, pixel by pixel, at the target's own resolution; and the table of every metric."""
+
+import functools
+from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 from skimage.metrics import structural_similarity
+
+from instruct_pix2pix.evaluation.protocols import Protocol
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the tables."""
+
+    name: str  # the key in files
+    label: str
+    unit: str = ""
+    better: str = "higher"
+    decimals: int = 3
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("psnr", "PSNR", "dB", decimals=2),
+        Metric("ssim", "SSIM"),
+        Metric("psnr_y", "PSNR-Y", "dB", decimals=2),
+        Metric("ssim_y", "SSIM-Y"),
+        Metric("mae", "MAE", better="lower", decimals=2),
+        Metric("l1", "L1", better="lower", decimals=4),
+        Metric("l2", "L2", better="lower", decimals=4),
+        Metric("gmsd", "GMSD", better="lower"),
+        Metric("haarpsi", "HaarPSI"),
+        Metric("lpips", "LPIPS", better="lower"),
+        Metric("dists", "DISTS", better="lower"),
+        Metric("clip_i", "CLIP-I"),
+        Metric("clip_t", "CLIP-T"),
+        Metric("clip_direction", "CLIP direction"),
+        Metric("dino", "DINO"),
+        Metric("fid", "FID", better="lower", decimals=1),
+    )
+}
 
 
 def psnr(image: np.ndarray, target: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, over all pixels and channels of two uint8 arrays (H, W, 3).
+    """Peak signal-to-noise ratio in dB, over all pixels and channels of two arrays of one shape in [0, 255].
 
     Equal images would be infinitely good; they are reported as 100 dB, so that a mean stays a number.
     """
@@ -13,17 +53,66 @@ def psnr(image: np.ndarray, target: np.ndarray) -> float:
     return 100.0 if error == 0 else min(100.0, float(10 * np.log10(255.0**2 / error)))
 
 
-def ssim(image: np.ndarray, target: np.ndarray) -> float:
-    """Structural similarity as its authors defined it (Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5),
-    the mean over the channels of two uint8 arrays (H, W, 3)."""
-    return float(
-        structural_similarity(
-            image,
-            target,
-            data_range=255,
-            channel_axis=2,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-        )
-    )
+def ssim(image: np.ndarray, target: np.ndarray, window: str = "gaussian") -> float:
+    """Structural similarity of two arrays (H, W, 3) or (H, W) in [0, 255]; `window` is one of protocols.WINDOWS.
+
+    The default is as its authors defined it (Wang et al. 2004), the mean over the channels. Sides are at least as long
+    as the window.
+    """
+    image, target = image.astype(np.float64), target.astype(np.float64)
+    if window == "matlab":
+        return _matlab_ssim(image, target)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False} if window == "gaussian" else {}
+    channels = 2 if image.ndim == 3 else None
+    return float(structural_similarity(image, target, data_range=255, channel_axis=channels, **options))
+
+
+def _matlab_ssim(image: np.ndarray, target: np.ndarray) -> float:
+    """MATLAB's ssim: a colour image is a volume to it, filtered across the channels too."""
+    from scipy.ndimage import gaussian_filter
+
+    blur = functools.partial(gaussian_filter, sigma=1.5, radius=5, mode="nearest")
+    mean_i, mean_t = blur(image), blur(target)
+    variances = blur(image**2) - mean_i**2 + blur(target**2) - mean_t**2
+    covariance = blur(image * target) - mean_i * mean_t
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    similarity = (2 * mean_i * mean_t + c1) * (2 * covariance + c2)
+    return float(np.mean(similarity / ((mean_i**2 + mean_t**2 + c1) * (variances + c2))))
+
+
+def luma(image: np.ndarray, kind: str = "matlab") -> np.ndarray:
+    """Y (H, W) float64 in [16, 235] of RGB (H, W, 3) in [0, 255]; `kind` is one of protocols.Y."""
+    weights = np.array([65.481, 128.553, 24.966])
+    y = 16 + image.astype(np.float64) @ (weights if kind == "matlab" else weights[::-1]) / 255
+    return np.rint(y) if kind == "matlab" else y
+
+
+def pixel_scores(image: np.ndarray, target: np.ndarray, protocol: Protocol) -> dict[str, float]:
+    """The metrics of an edit that take no library or network of their own, by their keys in METRICS.
+
+    RGB (H, W, 3), the target uint8, the edit uint8 or float around [0, 255]; one of another size is resized first, as
+    in MagicBrush. MAE is in levels of 255, MagicBrush's L1 (mean absolute) and L2 (mean squared) of images in [0, 1].
+    """
+    image = np.clip(image, 0, 255) if protocol.float_edits else as_levels(image)
+    if image.shape != target.shape:
+        resized = Image.fromarray(as_levels(image)).resize(target.shape[1::-1], Image.Resampling.BICUBIC)
+        image = np.asarray(resized)
+    if edge := protocol.border:
+        image, target = (side[edge:-edge, edge:-edge] for side in (image, target))
+    y, target_y = (luma(side, protocol.y) for side in (image, target))
+    difference = image.astype(np.float64) - target
+    absolute = float(np.mean(np.abs(difference)))
+    return {
+        "psnr": psnr(image, target),
+        "ssim": ssim(image, target, protocol.window),
+        "psnr_y": psnr(y, target_y),
+        "ssim_y": ssim(y, target_y, protocol.window),
+        "mae": absolute,
+        "l1": absolute / 255,
+        "l2": float(np.mean(difference**2)) / 255**2,
+    }
+
+
+def as_levels(image: np.ndarray) -> np.ndarray:
+    """The image in 8 bits, clipped to [0, 255] and rounded."""
+    return image if image.dtype == np.uint8 else np.clip(np.rint(image), 0, 255).astype(np.uint8)
