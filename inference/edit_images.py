@@ -18,8 +18,9 @@ own names, an image's several instructions get a folder each, and a.jpg beside a
 noise of an image depends on --seed and on its file's bytes alone, not on the batch, the order or the other
 images. Sizes that the model cannot take are padded, and cropped again.
 
-Guidance: the defaults are the published models'. A restoration is best without (see
-low_level_image_processing.py): --guidance_scale 1 --image_guidance_scale 1.
+Guidance: the defaults are the published models', or what the model's recommended_settings.json says of an
+instruction (evaluation/sweep.py makes it). A restoration is best without (see low_level_image_processing.py):
+--guidance_scale 1 --image_guidance_scale 1.
 
 Speed: images of one size are edited together, while the next are read and the last are written. With
 --image_guidance_scale 1, or equal to --guidance_scale, the model is asked for two predictions a step instead

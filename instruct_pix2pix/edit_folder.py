@@ -11,9 +11,7 @@ import glob
 import hashlib
 import io
 import json
-import os
 import re
-import shutil
 import time
 from collections import Counter
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -25,15 +23,8 @@ from typing import TYPE_CHECKING
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, RowError, UserError, first_line, warn
 from instruct_pix2pix.data.sources import source_of
-from instruct_pix2pix.files import (
-    check_folder,
-    file_sha256,
-    flush,
-    free_space,
-    in_megabytes,
-    write_bytes,
-    write_json_lines,
-)
+from instruct_pix2pix.evaluation.settings import Setting
+from instruct_pix2pix.files import check_folder, file_sha256, free_space, in_megabytes, write_bytes
 from instruct_pix2pix.images import (
     BadImage,
     contact_sheet,
@@ -45,17 +36,21 @@ from instruct_pix2pix.images import (
     read_image,
     suffixes,
 )
-from instruct_pix2pix.models.trained import configuration, is_checkpoint
+from instruct_pix2pix.records import (
+    finish_writes,
+    is_finished,
+    keep,
+    model_fingerprint,
+    noise_seed,
+    own_record,
+    read_records,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionInstructPix2PixPipeline
     from PIL import Image
 
 CONTACT_SHEET = "contact_sheet.png"
-RECORD = "edits.jsonl"
-READY = ".ready"  # a folder: outputs that are written, and not yet all in their places
-# Two outputs are the same edit if these fields of their records agree.
-SETTINGS = "input_sha256 instruction model seed steps image_guidance_scale guidance_scale resolution".split()
 
 
 @dataclass(frozen=True)
@@ -244,140 +239,6 @@ def rows_to_edit(args) -> list[tuple[Path, str, str]]:
 # What was done before.
 
 
-def model_fingerprint(model_id: str) -> str:
-    """What tells one model from another: the id on the Hub, or a hash over a folder's files, and of a checkpoint over
-    its base model's as well.
-
-    Of a large file the size and the first and last megabyte are hashed: quick, and retraining shows in them.
-    """
-    folder = Path(model_id).expanduser()
-    if not folder.exists():
-        return model_id
-    digest, megabyte = hashlib.sha256(), 1 << 20
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
-        if path == folder or (path.suffix in (".json", ".txt", ".safetensors", ".bin") and path.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder).as_posix()} {size} ".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(megabyte))
-                file.seek(max(size - megabyte, 0))
-                digest.update(file.read(megabyte))
-    if is_checkpoint(folder):
-        digest.update(model_fingerprint(configuration(folder).pretrained_model_name_or_path).encode())
-    return f"sha256:{digest.hexdigest()}"
-
-
-def read_records(output_dir: Path) -> dict[str, list[dict]]:
-    """The records of edits.jsonl by output name, oldest first. A line cut short by a crash is left out."""
-    records: dict[str, list[dict]] = {}
-    path = output_dir / RECORD
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-            records.setdefault(record["output"], []).append(record)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return records
-
-
-def append_records(output_dir: Path, records: list[dict]) -> None:
-    """Add lines to edits.jsonl and see them on the disk; starts a new line if the last one has no end."""
-    with (output_dir / RECORD).open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def own_record(output_dir: Path, output: str, records: dict) -> dict | None:
-    """The record of a file as it lies there, None if there is no such file.
-
-    Raises UserError for a file that has no record or differs from it: somebody else's, or
-    changed since, and so not to be lost.
-    """
-    path = output_dir / output
-    if not path.exists():
-        return None
-    content = file_sha256(path) if path.is_file() else "a folder"
-    for record in reversed(records.get(output, [])):
-        if record.get("output_sha256") == content:
-            return record
-    raise UserError(f"{path}: was not made by this script, or was changed since; move it away or change --output_dir")
-
-
-def is_finished(output_dir: Path, output: str, settings: dict, records: dict, overwrite: bool) -> bool:
-    """Whether `output` is there and of these `settings`; if of others, UserError unless `overwrite`."""
-    record = own_record(output_dir, output, records)
-    if record is None:
-        return False
-    for name in SETTINGS:
-        if record.get(name) != settings[name]:
-            if overwrite:
-                return False
-            before, now = str(record.get(name))[:40], str(settings[name])[:40]
-            raise UserError(
-                f"{output_dir / output}: was made with {name} {before}, now it is {now}; choose another "
-                "--output_dir, or --overwrite to make it again"
-            )
-    return True
-
-
-def keep(output_dir: Path, outputs: list[tuple[dict, bytes]]) -> None:
-    """Write outputs, each a record that names the "output" and the bytes of the file: all of them, or none.
-
-    What a killed run had ready, the next one puts in place. So a batch is never split, and those after it go through
-    the model in the same company as without the kill: in another, their last bits would differ.
-    """
-    partial, records = output_dir / f"{READY}.partial", []
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for number, (record, content) in enumerate(outputs):
-            (partial / str(number)).write_bytes(content)
-            records.append(record | {"output_sha256": hashlib.sha256(content).hexdigest()})
-        write_json_lines(partial / RECORD, records)
-        for path in (*partial.iterdir(), partial):
-            flush(path)
-        os.replace(partial, output_dir / READY)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # there only where something went wrong, such as a full disk
-    put_in_place(output_dir, {})
-
-
-def put_in_place(output_dir: Path, known: dict[str, list[dict]]) -> None:
-    """Move what is ready to where it belongs, after its records: an output without one would look like somebody else's.
-    Those that are `known` are there already."""
-    ready = output_dir / READY
-    records = [json.loads(line) for line in (ready / RECORD).read_text(encoding="utf-8").splitlines()]
-    append_records(output_dir, [record for record in records if record not in known.get(record["output"], [])])
-    for number, record in enumerate(records):
-        if (ready / str(number)).exists():
-            path = output_dir / record["output"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(ready / str(number), path)
-    os.replace(ready, ready.with_suffix(".partial"))
-    shutil.rmtree(ready.with_suffix(".partial"))
-
-
-def finish_writes(output_dir: Path) -> None:
-    """After a kill: sweep up what was half written, and put in place what was ready. Raises UserError where another
-    file has come to lie there."""
-    shutil.rmtree(output_dir / f"{READY}.partial", ignore_errors=True)
-    record_file, ready = output_dir / RECORD, output_dir / READY
-    content = record_file.read_bytes() if record_file.exists() else b""
-    last_line = content.rpartition(b"\n")[2]
-    if last_line and not last_line.endswith(b"}"):
-        os.truncate(record_file, len(content) - len(last_line))
-    if ready.exists():
-        known = read_records(output_dir)
-        for line in (ready / RECORD).read_text(encoding="utf-8").splitlines():
-            own_record(output_dir, json.loads(line)["output"], known)
-        put_in_place(output_dir, known)
-
-
 def look_through(args, edits: list[Edit]):
     """Every edit's image and earlier output, before weights load.
 
@@ -396,6 +257,10 @@ def look_through(args, edits: list[Edit]):
     records = read_records(output_dir)
     if args.contact_sheet:
         own_record(output_dir, CONTACT_SHEET, records)
+    found = editing.recommended_settings(args.model_id)
+    sampling = {text: editing.sampling_of(args, found, text) for text in dict.fromkeys(e.instruction for e in edits)}
+    for line in dict.fromkeys(line for _, line in sampling.values() if line):
+        print(line)
     known: dict[Path, tuple[str, tuple[int, int]]] = {}  # SHA-256 and size of each image
     for edit in tqdm(edits, desc="looking through images", delay=2, leave=False):
         if str(edit.image) in left_out:
@@ -413,9 +278,7 @@ def look_through(args, edits: list[Edit]):
             "instruction": edit.instruction,
             "model": model,
             "seed": args.seed,
-            "steps": args.steps,
-            "image_guidance_scale": args.image_guidance_scale,
-            "guidance_scale": args.guidance_scale,
+            **sampling[edit.instruction][0]._asdict(),
             "resolution": args.resolution,
         }
         if is_finished(output_dir, edit.output, settings[edit], records, args.overwrite):
@@ -427,15 +290,6 @@ def look_through(args, edits: list[Edit]):
 
 
 # Making what is missing.
-
-
-def noise_seed(seed: int, input_sha256: str) -> int:
-    """The seed of one image's noise, 32 bits of a hash of --seed and the image file's own hash.
-
-    The snippets give the same output with `--seed` set to this number.
-    """
-    digest = hashlib.sha256(f"{seed} {input_sha256}".encode()).digest()
-    return int.from_bytes(digest[:4], "big")
 
 
 def make_batches(sizes: dict[Edit, tuple[int, int]], multiple: int, batch_size: int) -> list[list[Edit]]:
@@ -517,8 +371,9 @@ def write_batch(records: dict[Edit, dict], results: list[Image.Image | str], arg
     return list(outputs), left_out
 
 
-def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[int, int]]):
-    """Make the outputs of all `sizes`: (those made, {image: why it was left out}).
+def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple[int, int]], timed: bool = False):
+    """Make the outputs of all `sizes`: (those made, {image: why it was left out}). If `timed`, a record also tells its
+    share of the seconds that the batch took.
 
     While the model edits a batch, one thread reads the next and one writes the last. Leaving this function, by
     Ctrl-C or an error too, waits until what is being written is there.
@@ -528,7 +383,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
 
     made: list[Edit] = []
     left_out: dict[str, str] = {}
-    compiled, edited = args.compile, 0
+    compiled, edited, steps = args.compile, 0, args.steps
     bar = tqdm(
         total=len(sizes),
         desc="editing",
@@ -538,19 +393,17 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
 
     def show_progress(_, step, __, tensors):
         rate = edited / (time.perf_counter() - started)
-        bar.set_postfix_str(f"step {step + 1}/{args.steps}, {rate:.2f} images/s")
+        bar.set_postfix_str(f"step {step + 1}/{steps}, {rate:.2f} images/s")
         return tensors
 
-    edit_batch = partial(
-        editing.edit_batch,
-        pipeline,
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        image_guidance_scale=args.image_guidance_scale,
-        on_step=show_progress,
-    )
+    def sampling(edit: Edit) -> Setting:
+        return Setting(*(settings[edit][name] for name in Setting._fields))
+
     multiple = editing.size_multiple(pipeline)
-    batches = make_batches(sizes, multiple, args.batch_size)
+    batches = []  # each of one setting
+    for setting in dict.fromkeys(map(sampling, settings)):
+        alike = {edit: size for edit, size in sizes.items() if sampling(edit) == setting}
+        batches += make_batches(alike, multiple, args.batch_size)
     writes: list[Future] = []
     with contextlib.ExitStack() as stack:
         background = stack.enter_context(ThreadPoolExecutor(2))
@@ -559,7 +412,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
         def edit_with_fallback(*arguments):
             nonlocal compiled
             try:
-                return edit_batch(*arguments)
+                return editing.edit_batch(pipeline, *arguments, **sampling(batch[0])._asdict(), on_step=show_progress)
             except torch.OutOfMemoryError:
                 raise MemoryShortage(
                     f"--batch_size: {len(arguments[0])} images at a time do not fit into the GPU's memory; "
@@ -577,23 +430,26 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
         read = partial(read_batch, multiple=multiple, args=args)
         for batch, (images, unreadable) in zip(batches, one_ahead(background, read, batches), strict=True):
             left_out |= unreadable
+            steps = sampling(batch[0]).steps
             bar.update(len(batch) - len(images))
             records, results = {}, []
             # Again by size: what turns an image may stand at its file's end, where `image_size` does not look.
             for group in make_batches({edit: image.size for edit, (image, _) in images.items()}, 1, args.batch_size):
                 seeds = [noise_seed(args.seed, settings[edit]["input_sha256"]) for edit in group]
+                began = time.perf_counter()
                 results += edit_with_fallback([e.instruction for e in group], [images[e][0] for e in group], seeds)
                 edited += len(group)
                 bar.update(len(group))
+                seconds = {"seconds": round((time.perf_counter() - began) / len(group), 4)} if timed else {}
                 for edit, seed in zip(group, seeds, strict=True):
                     width, height = images[edit][1]
                     records[edit] = {"image": str(edit.image)} | settings[edit]
                     records[edit] |= {"model_id": args.model_id, "noise_seed": seed}
-                    records[edit] |= {"width": width, "height": height, "device": pipeline.device.type}
+                    records[edit] |= {"width": width, "height": height, "device": pipeline.device.type} | seconds
             if writes:
                 writes[-1].result()  # one at a time, so that records stay in order and a full disk ends the run
             writes.append(background.submit(write_batch, records, results, args))
-        show_progress(None, args.steps - 1, None, None)
+        show_progress(None, steps - 1, None, None)
     for write in writes:
         finished, failed = write.result()
         made += finished

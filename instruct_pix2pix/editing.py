@@ -6,6 +6,7 @@ the top: `--help` and a wrong flag answer at once.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -13,11 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix.cli import Parser, UserError, first_line, guidance, warn, whole_number
+from instruct_pix2pix.evaluation.settings import (
+    SCHEDULERS,
+    SETTINGS_FILE,
+    Setting,
+    choose_setting,
+    read_settings,
+    scheduler_name,
+)
 from instruct_pix2pix.files import check_folder, write_bytes
 from instruct_pix2pix.images import BadImage, add_pixel_limit, encode_image, read_image
 from instruct_pix2pix.models import trained
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import StableDiffusionInstructPix2PixPipeline
     from PIL import Image
 
@@ -30,18 +40,28 @@ GUIDANCE_SCALE = 7.0
 # Flags.
 
 
+class _Stated(argparse.Action):
+    """Stores a flag's value, and in `stated` that it was given: what is left out may be recommended otherwise."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.stated = {*namespace.stated, self.dest}
+
+
 def add_guidance_flags(
-    parser, guidance_scale: float = GUIDANCE_SCALE, image_guidance_scale: float = IMAGE_GUIDANCE_SCALE
+    parser, guidance_scale: float = GUIDANCE_SCALE, image_guidance_scale: float = IMAGE_GUIDANCE_SCALE, action=None
 ) -> None:
     """Add --image_guidance_scale and --guidance_scale to a parser or a group of one, with these defaults."""
     parser.add_argument(
         "--image_guidance_scale",
+        action=action,
         type=guidance,
         default=image_guidance_scale,
         help="how closely the output keeps to the input image; below 1 diffusers turns all guidance off",
     )
     parser.add_argument(
         "--guidance_scale",
+        action=action,
         type=guidance,
         default=guidance_scale,
         help="how closely the output follows the instruction; at 1 or below diffusers turns all guidance off",
@@ -57,9 +77,15 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
         metavar="FOLDER_OR_ID",
         help="an InstructPix2Pix pipeline: a folder, an id on the Hub, or a training's OUTPUT_DIR/checkpoint-N",
     )
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--steps", type=whole_number(1), default=NUM_INFERENCE_STEPS, help="denoising steps")
-    add_guidance_flags(sampling, **guidance_scales)
+    sampling = parser.add_argument_group(
+        "sampling", f"Steps, scheduler and scales that are left out are those of the model's {SETTINGS_FILE}, if any."
+    )
+    parser.set_defaults(stated=set())
+    steps = {"type": whole_number(1), "default": NUM_INFERENCE_STEPS}
+    sampling.add_argument("--steps", action=_Stated, **steps, help="denoising steps")
+    names = f"own (the pipeline's, the default), {', '.join(SCHEDULERS)}"
+    sampling.add_argument("--scheduler", action=_Stated, type=scheduler_name, metavar="NAME", help=f"sampler: {names}")
+    add_guidance_flags(sampling, **guidance_scales, action=_Stated)
     sampling.add_argument("--seed", type=whole_number(0), default=0, help="seed of the initial noise")
     sampling.add_argument(
         "--resolution",
@@ -105,7 +131,15 @@ def check_model(model_id: str, flag: str = "--model_id") -> None:
             raise UserError(f"{flag}: {model_id} has no model_index.json; give a folder as save_pretrained writes it")
         configuration = folder / "unet/config.json"
     else:
-        configuration = Path(_fetch_unet_config(model_id, flag))
+        missing = f"{flag}: {model_id} is no folder here, and "
+        try:
+            fetched = _fetch(model_id, "unet/config.json")
+        except Exception as error:  # a name that is no id, no network, no access
+            reason = f"the Hub does not give it ({type(error).__name__}); check the name, the network and HF_TOKEN"
+            raise UserError(missing + reason) from None
+        if fetched is None:
+            raise UserError(missing + "the Hub shows no such Stable Diffusion model; check the name and HF_TOKEN")
+        configuration = Path(fetched)
     try:
         channels = json.loads(configuration.read_text())["in_channels"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -118,22 +152,42 @@ def check_model(model_id: str, flag: str = "--model_id") -> None:
         )
 
 
-def _fetch_unet_config(model_id: str, flag: str) -> str:
-    """The path of an id's unet/config.json, from the cache or the Hub."""
+def _fetch(model_id: str, name: str) -> str | None:
+    """The path of a small file of an id, from the cache or the Hub; None where the Hub has none."""
     import huggingface_hub
 
-    missing = f"{flag}: {model_id} is no folder here, and "
-    try:
-        cached = huggingface_hub.try_to_load_from_cache(model_id, "unet/config.json")
-        if isinstance(cached, str):
-            return cached
-        # Asked first because it answers at once; a download retries for half a minute without a network.
-        if huggingface_hub.file_exists(model_id, "unet/config.json"):
-            return huggingface_hub.hf_hub_download(model_id, "unet/config.json")
-    except Exception as error:  # a name that is no id, no network, no access
-        reason = f"the Hub does not give it ({type(error).__name__}); check the name, the network and HF_TOKEN"
-        raise UserError(missing + reason) from None
-    raise UserError(missing + "the Hub shows no such Stable Diffusion model; check the name and HF_TOKEN")
+    cached = huggingface_hub.try_to_load_from_cache(model_id, name)
+    if isinstance(cached, str):
+        return cached
+    # Asked first because it answers at once; a download retries for half a minute without a network.
+    if huggingface_hub.file_exists(model_id, name):
+        return huggingface_hub.hf_hub_download(model_id, name)
+    return None
+
+
+def recommended_settings(model_id: str) -> dict | None:
+    """What the model's recommended_settings.json holds, see `read_settings`; None where it has none, or, with a
+    warning, where the Hub cannot be asked. Raises UserError for a file that is damaged."""
+    folder = Path(model_id).expanduser()
+    path = folder / SETTINGS_FILE
+    if not folder.exists():
+        try:
+            path = Path(_fetch(model_id, SETTINGS_FILE) or path)
+        except Exception as error:
+            warn(f"{model_id}: the Hub cannot be asked for {SETTINGS_FILE} ({type(error).__name__})")
+    return read_settings(path) if path.is_file() else None
+
+
+def sampling_of(args: argparse.Namespace, found: dict | None, instruction: str) -> tuple[Setting, str]:
+    """The setting to edit by an instruction with: flags that were given, then what is recommended for it, then the
+    flags' defaults. And a line that says what was taken from `found`, "" for nothing."""
+    values = {name: getattr(args, name) for name in Setting._fields}
+    taken, task = {}, ""
+    if found:
+        task, best = choose_setting(found, instruction)
+        taken = {name: value for name, value in best._asdict().items() if name not in args.stated}
+    named = ", ".join(f"{name} {'own' if value is None else value}" for name, value in taken.items())
+    return Setting(**values | taken), f"{SETTINGS_FILE}, {task}: {named}" if taken else ""
 
 
 def load_pipeline(model_id: str, flag: str = "--model_id", **options) -> StableDiffusionInstructPix2PixPipeline:
@@ -248,18 +302,46 @@ def skip_needless_branch(unet, guidance_scale: float, image_guidance_scale: floa
             hook.remove()
 
 
+@contextlib.contextmanager
+def sample_with(pipeline, name: str | None):
+    """While open, the pipeline samples with one of SCHEDULERS, on the noise schedule, prediction type and spacing of
+    its own; None leaves its own."""
+    import diffusers
+
+    own = pipeline.scheduler
+    if name is not None:
+        # What the pipeline's own scheduler takes by default stays too. Only DDIM clips latents unless told otherwise.
+        config = {"clip_sample": False, **own.config, "_use_default_values": []}
+        pipeline.scheduler = getattr(diffusers, SCHEDULERS[name]).from_config(config)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
+
+
+def encode_images(pipeline, images: list[Image.Image]) -> torch.Tensor:
+    """B RGB images of one size that the model takes to latents (B, 4, h, w), for many calls of `edit_batch`."""
+    import torch
+
+    with torch.no_grad():
+        pixels = pipeline.image_processor.preprocess(images).to(pipeline.device, pipeline.vae.dtype)
+        return pipeline.vae.encode(pixels).latent_dist.mode()
+
+
 def edit_batch(
     pipeline,
     instructions: list[str],
-    images: list[Image.Image],
+    images: list[Image.Image] | torch.Tensor,
     seeds: list[int],
     *,
     steps: int,
     guidance_scale: float,
     image_guidance_scale: float,
+    scheduler: str | None = None,
     on_step=None,
 ) -> list[Image.Image | str]:
-    """Edit B RGB images of one size, which `fit_image` gave: B images of that size, or why there is none.
+    """Edit B RGB images of one size, which `fit_image` gave: B images of that size, or why there is none. They may come
+    as what `encode_images` made of them. `scheduler` is a key of SCHEDULERS, None for the pipeline's own.
 
     Every image draws its noise from a generator of its own, on the CPU, so the draws do not depend on the
     batch or the device. What remains is rounding: another batch size may sum a matrix product in another
@@ -271,7 +353,8 @@ def edit_batch(
     import torch
     from PIL import Image
 
-    with skip_needless_branch(pipeline.unet, guidance_scale, image_guidance_scale):
+    branches = skip_needless_branch(pipeline.unet, guidance_scale, image_guidance_scale)
+    with branches, sample_with(pipeline, scheduler):
         output = pipeline(
             instructions,
             image=images,
@@ -302,6 +385,7 @@ def edit(
     steps: int,
     guidance_scale: float,
     image_guidance_scale: float,
+    scheduler: str | None = None,
     resolution: int = 0,
 ) -> list[Image.Image]:
     """Edit B upright RGB images whose sizes agree once padded: B images of the sizes they had.
@@ -317,6 +401,7 @@ def edit(
         steps=steps,
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
+        scheduler=scheduler,
     )
     for result in results:
         if isinstance(result, str):
@@ -344,6 +429,9 @@ def edit_one_image(argv: list[str] | None, description: str, *, instruction: str
         warn(warning)
     _check_output(args.output, args.image)
     check_model(args.model_id)
+    setting, taken = sampling_of(args, recommended_settings(args.model_id), args.instruction)
+    if taken:
+        print(taken)
     try:
         image = read_image(args.image)
     except BadImage as error:
@@ -356,9 +444,7 @@ def edit_one_image(argv: list[str] | None, description: str, *, instruction: str
         [args.instruction],
         [image],
         [args.seed],
-        steps=args.steps,
-        guidance_scale=args.guidance_scale,
-        image_guidance_scale=args.image_guidance_scale,
+        **setting._asdict(),
         resolution=args.resolution,
     )
     path = Path(args.output)

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import filecmp
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.evaluation.settings import SCHEDULERS, SETTINGS_FILE, Setting, choose_setting, read_settings
 from instruct_pix2pix.files import (
     as_code,
     as_text,
@@ -44,7 +46,7 @@ PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 EXPORTED = ("README.md", *PIPELINE_FOLDERS)
 MOST_METADATA = 1 << 18  # characters of a base model's card that are looked at
 # Only these are uploaded: never checkpoints, caches, logs or trackers' files.
-PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, *(f"{folder}/*" for folder in PIPELINE_FOLDERS)]
+PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, SETTINGS_FILE, *(f"{folder}/*" for folder in PIPELINE_FOLDERS)]
 
 
 class NotFinite(UserError):
@@ -124,7 +126,22 @@ def export(config, flags: dict, unet, summary: dict, repo_id: str | None, instru
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
+        _keep_settings(output_dir, new)
         _put_in_place(output_dir)
+
+
+def _keep_settings(output_dir: Path, new: Path) -> None:
+    """What a sweep found for the pipeline of before is true of the `new` one only if the weights are the same."""
+    weights, path = "unet/diffusion_pytorch_model.safetensors", output_dir / SETTINGS_FILE
+    if path.is_file() and (output_dir / weights).is_file():
+        if filecmp.cmp(output_dir / weights, new / weights, shallow=False):
+            try:
+                recommend(new, read_settings(path))
+            except (UserError, LookupError, TypeError, ValueError) as error:  # written by hand
+                logger.warning("%s does not go into the card (%s)", path, error)
+        else:
+            logger.warning("%s was found for other weights and goes with them; sweep again", path)
+            path.unlink()
 
 
 def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
@@ -141,7 +158,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
     with contextlib.suppress(OSError, ValueError):  # the run's own, where this was its last update
         run = json.loads((Path(checkpoint).resolve().parent / SUMMARY_FILE).read_text(encoding="utf-8"))
         summary = run if run["steps"] == state["step"] else summary
-    instruction = config.validation_prompt or state.get("instruction", "...")
+    prompt = config.validation_prompt
+    instruction = prompt if isinstance(prompt, str) else state.get("instruction", "...")
     new = output_dir.with_name(f".{output_dir.name}.partial")
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -248,7 +266,13 @@ def _copy(source: Path, target: Path) -> None:
 
 def _hide_paths(flags: dict) -> dict:
     """Of a path on this machine its last part only."""
-    return {name: for_others(value) if isinstance(value, str) else value for name, value in flags.items()}
+
+    def shown(value):
+        if isinstance(value, list):
+            return [shown(one) for one in value]
+        return for_others(value) if isinstance(value, str) else value
+
+    return {name: shown(value) for name, value in flags.items()}
 
 
 # ---- the Hub
@@ -318,21 +342,7 @@ def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruct
     }
     lines = [f"| `--{flag}` | {value} |" for flag, value in values.items()]
     took = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if value is not None)
-    snippet = f"""import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
-from diffusers.utils import load_image
-
-model = {json.dumps(name, ensure_ascii=False)}
-pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, torch_dtype=torch.float16).to("cuda")
-image = load_image("photo.png")
-edited = pipeline(
-    {json.dumps(instruction, ensure_ascii=False)},
-    image=image,
-    num_inference_steps={editing.NUM_INFERENCE_STEPS},
-    image_guidance_scale={config.image_guidance_scale},
-    guidance_scale={config.guidance_scale},
-).images[0]
-edited.save("edited.png")"""
+    setting = Setting(editing.NUM_INFERENCE_STEPS, config.image_guidance_scale, config.guidance_scale)
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -346,9 +356,9 @@ The dataset has a licence of its own.
 
 ## Use
 
-Recommended: guidance {config.guidance_scale} for the instruction and {config.image_guidance_scale} for the image.
+{_advice(setting)}
 
-{code_block("python", snippet)}
+{code_block("python", _snippet(name, instruction, setting))}
 
 ## Training
 
@@ -358,3 +368,84 @@ Recommended: guidance {config.guidance_scale} for the instruction and {config.im
 |---|---|
 {chr(10).join(lines)}
 """
+
+
+def _advice(setting: Setting) -> str:
+    text, image = setting.guidance_scale, setting.image_guidance_scale
+    return f"Recommended: guidance {text} for the instruction and {image} for the image."
+
+
+def _snippet(model: str, instruction: str, setting: Setting) -> str:
+    """Python that edits by a setting as `editing.edit_batch` does."""
+    kind, sampler = SCHEDULERS.get(setting.scheduler), ""
+    if kind:
+        sampler = f"""
+config = {{"clip_sample": False, **pipeline.scheduler.config, "_use_default_values": []}}
+pipeline.scheduler = {kind}.from_config(config)"""
+    return f"""import torch
+from diffusers import {kind + ", " if kind else ""}StableDiffusionInstructPix2PixPipeline
+from diffusers.utils import load_image
+
+model = {json.dumps(model, ensure_ascii=False)}
+pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model, torch_dtype=torch.float16).to("cuda"){sampler}
+image = load_image("photo.png")
+edited = pipeline(
+    {json.dumps(instruction, ensure_ascii=False)},
+    image=image,
+    num_inference_steps={setting.steps},
+    image_guidance_scale={setting.image_guidance_scale},
+    guidance_scale={setting.guidance_scale},
+).images[0]
+edited.save("edited.png")"""
+
+
+# ---- settings that a sweep found
+
+_MARK = "<!-- settings found by evaluation/sweep.py -->"
+_OUR_SNIPPET = re.compile(  # groups: model and instruction, as JSON
+    r"(?ms)^import torch\nfrom diffusers.*?^model = (.*?)$.*?"
+    r'^edited = pipeline\(\n    (.*?),$.*?^edited\.save\("edited\.png"\)$'
+)
+_OUR_ADVICE = re.compile(r"^Recommended: guidance \S+ for the instruction and \S+ for the image\.$", re.MULTILINE)
+
+
+def recommend(folder: Path, found: dict) -> None:
+    """Write what a sweep found, see `read_settings`, into a pipeline's folder, and where that has a card, a table into
+    it, and its setting into the snippet that training wrote. What else the card says stays."""
+    write_json(folder / SETTINGS_FILE, found)
+    if (folder / "README.md").is_file():
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        write_text(folder / "README.md", _with_settings(card, found))
+
+
+def _with_settings(card: str, found: dict) -> str:
+    def found_snippet(ours: re.Match) -> str:
+        model, instruction = map(json.loads, ours.groups())
+        return _snippet(model, instruction, choose_setting(found, instruction)[1])
+
+    card = _OUR_SNIPPET.sub(found_snippet, card)
+    card = _OUR_ADVICE.sub(_advice(choose_setting(found, "")[1]), card)
+    rows = []
+    for task, entry in {"all": found["all"], **found["tasks"]}.items():
+        scores = entry.get("held_out") or entry["chosen_on"]
+        cells = [as_text(task), *(entry[name] for name in ("guidance_scale", "image_guidance_scale", "steps"))]
+        cells += [entry["scheduler"] or "own"] + [f"{scores[key]:.2f}" for key in ("psnr", "over_usual", "over_input")]
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    table = f"""{_MARK}
+
+## Settings
+
+Found for {found["images"]} images of {as_text(found["dataset"])}, split {as_text(found["split"])}. PSNR in dB on the
+split {as_text(found.get("held_out_split") or found["split"])}, above guidance {editing.GUIDANCE_SCALE}
+and image guidance {editing.IMAGE_GUIDANCE_SCALE} with {editing.NUM_INFERENCE_STEPS} steps, and above the input.
+
+| task | guidance | image guidance | steps | scheduler | PSNR | above these | above input |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+{_MARK}"""
+    card, replaced = re.subn(f"(?s){_MARK}.*?{_MARK}", lambda _: table, card, count=1)
+    if replaced:
+        return card
+    before, heading, after = card.partition("## Training\n")
+    return before.rstrip() + "\n\n" + table + "\n" + ("\n" + heading + after if heading else "")

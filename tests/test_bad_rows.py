@@ -146,7 +146,8 @@ def test_evaluation_and_editing_leave_them_out_and_say_so(base_models, broken, t
     flags = ["--model", model, "--dataset", str(broken), "--split", "train", "--resolution", "64"]
     flags += ["--num_inference_steps", "1", "--output_dir", str(tmp_path / "evaluation")]
     evaluate.main(flags)
-    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["images"] == 9
+    found = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert found["models"]["identity"]["all"]["images"] == 9
     assert_only_row_6_is_listed(tmp_path / "evaluation")
     with pytest.raises(RowError, match="row 6"):
         evaluate.main([*flags, "--on_bad_row", "error"])

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from inference import cartoonize, edit_images, low_level_image_processing
-from instruct_pix2pix import cli, edit_folder, editing, files, images
+from instruct_pix2pix import cli, edit_folder, editing, files, images, records
 from tests.loopback_hub import loopback_hub
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -433,9 +433,9 @@ def test_output_does_not_depend_on_batch_or_company(edited, model, photos, tmp_p
 
 
 def test_noise_depends_on_the_seed_and_the_image_alone():
-    seeds = {edit_folder.noise_seed(seed, image) for seed in range(40) for image in ("ab", "cd", "1ab")}
+    seeds = {records.noise_seed(seed, image) for seed in range(40) for image in ("ab", "cd", "1ab")}
     assert len(seeds) == 120 and all(0 <= seed < 2**32 for seed in seeds)
-    assert edit_folder.noise_seed(0, "ab") == 681517781  # a change would make every resumed folder a mixture
+    assert records.noise_seed(0, "ab") == 681517781  # a change would make every resumed folder a mixture
 
 
 def test_batches_share_a_size_once_padded():
@@ -626,7 +626,7 @@ def test_same_command_makes_only_what_is_missing(edited, model, photos, tmp_path
     ("owner", "step", "dies_at", "kept"),
     [
         (os, "replace", 2, 0),  # the first batch is written, but not yet declared whole
-        (edit_folder, "append_records", 1, 2),
+        (records, "append_records", 1, 2),
         (os, "replace", 4, 2),  # the first of two outputs is in its place
     ],
 )
@@ -666,7 +666,7 @@ def test_what_a_killed_run_had_ready_does_not_replace_a_file_that_came_since(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(edit_folder, "append_records", stop)
+        patch.setattr(records, "append_records", stop)
         assert stopped_edit(model, *command) == 130
     (out / "a.png").write_bytes(b"mine")
     assert stopped_edit(model, *command) == 2
@@ -714,7 +714,7 @@ def test_a_full_disk_is_one_line(model, photos, tmp_path, monkeypatch, capsys):
         written.append(rows[0]["output"])
         write(path, rows)
 
-    monkeypatch.setattr(edit_folder, "write_json_lines", full_at_the_second)
+    monkeypatch.setattr(records, "write_json_lines", full_at_the_second)
     assert stopped_edit(model, photos, "--instruction", "x", "--output_dir", out, "--batch_size", 1) == 2
     assert f"error: --output_dir: {out} cannot be written" in capsys.readouterr().err.splitlines()[-1]
     assert written == [name for name in outputs(out) if name != "edits.jsonl"]
@@ -747,13 +747,13 @@ def test_other_settings_are_noticed(edited, model, photos, tmp_path, capsys):
 
 def test_a_retrained_model_is_noticed(model, tmp_path):
     copy = shutil.copytree(model, tmp_path / "copy")
-    assert edit_folder.model_fingerprint(str(copy)) == edit_folder.model_fingerprint(str(model))
+    assert records.model_fingerprint(str(copy)) == records.model_fingerprint(str(model))
     weights = copy / "unet/diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-100] ^= 1
     weights.write_bytes(content)
-    assert edit_folder.model_fingerprint(str(copy)) != edit_folder.model_fingerprint(str(model))
-    assert edit_folder.model_fingerprint("owner/name") == "owner/name"
+    assert records.model_fingerprint(str(copy)) != records.model_fingerprint(str(model))
+    assert records.model_fingerprint("owner/name") == "owner/name"
 
 
 def test_files_of_others_are_never_overwritten(edited, model, photos, tmp_path, capsys):
