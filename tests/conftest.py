@@ -59,11 +59,14 @@ def pairs(tmp_path_factory, photos) -> Path:
 
 
 def to_argv(flags: dict) -> list[str]:
-    """{"seed": 1, "use_ema": True} -> ["--seed=1", "--use_ema"]; None and False leave a flag out."""
+    """{"seed": 1, "use_ema": True} -> ["--seed=1", "--use_ema"]; None and False leave a flag out; a list is several
+    values."""
     argv = []
     for name, value in flags.items():
         if value is True:
             argv.append(f"--{name}")
+        elif isinstance(value, list):
+            argv += [f"--{name}", *map(str, value)]
         elif value is not None and value is not False:
             argv.append(f"--{name}={value}")
     return argv

@@ -24,7 +24,8 @@ FLAGS = """
     checkpointing_steps checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
     image_geometry cache_latents cached_crops max_micro_batch_size compile dry_run lr_num_cycles lr_power
     guidance_scale image_guidance_scale max_image_pixels original_dir edited_dir instruction split validation_split
-    on_bad_row check_rows
+    on_bad_row check_rows validation_dataset max_validation_samples keep_best tracker_project_name run_name
+    wandb_entity tags
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {
@@ -62,7 +63,7 @@ def test_every_flag_is_there_explained_grouped_and_has_its_default():
     assert {name: getattr(args, name) for name in DEFAULTS} == DEFAULTS
 
 
-SCRIPTS = ["train_instruct_pix2pix.py", "finetune_instruct_pix2pix.py", "evaluation/evaluate.py"]
+SCRIPTS = ["train_instruct_pix2pix.py", "finetune_instruct_pix2pix.py", "evaluation/evaluate.py", "evaluation/sweep.py"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -102,6 +103,9 @@ def test_help_and_wrong_flags_answer_without_heavy_imports(script):
         ({"output_dir": "README.md"}, "--output_dir: README.md is a file"),
         ({"val_image_url": "README.md"}, "--validation_prompt: missing"),
         ({"val_image_url": "none.png", "validation_prompt": "x"}, "--val_image_url: none.png is not a file"),
+        ({"keep_best": "psnr"}, "--keep_best: psnr is one of held-out rows; name them with --validation_dataset or"),
+        ({"keep_best": "fid", "validation_split": "test"}, "--keep_best: invalid choice"),
+        ({"max_validation_samples": 0}, "--max_validation_samples: 0 is too small"),
         ({"image_geometry": "stretch"}, "--image_geometry: invalid choice"),
         ({"max_train_steps": "many"}, "--max_train_steps: invalid int value"),
         ({"dataset_name": None}, "--dataset_name: none given"),
@@ -114,6 +118,17 @@ def test_wrong_values_are_one_line_that_names_flag_and_remedy(flags, message, mo
     with pytest.raises(UserError) as caught:
         parse_args("", to_argv(given))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_images_and_instructions_to_validate_with_come_in_pairs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    images = [*NEEDED, "--val_image_url", "README.md", "LICENSE", "--validation_prompt"]
+    assert parse_args("", [*images, "one for all"]).validation_prompt == "one for all"
+    assert parse_args("", [*images, "one", "each"]).validation_prompt == ["one", "each"]
+    with pytest.raises(
+        UserError, match="--validation_prompt: 3 instructions for 2 image.s.; give one for each, or one"
+    ):
+        parse_args("", [*images, "a", "b", "c"])
 
 
 def test_a_third_and_zero_dropout_are_allowed():
@@ -136,7 +151,14 @@ def test_the_token_is_never_among_what_is_written_down():
 def test_trackers():
     assert trackers(parse_args("", [*NEEDED, "--report_to=none"])) == []
     assert trackers(parse_args("", [*NEEDED, "--report_to=wandb,tensorboard"])) == ["wandb", "tensorboard"]
-    assert set(trackers(parse_args("", [*NEEDED, "--report_to=all"]))) == {"wandb", "tensorboard"}
+    assert trackers(parse_args("", [*NEEDED, "--report_to=all"])) == ["tensorboard", "wandb", "trackio"]
+
+
+def test_trackers_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trackio" else name)
+    assert trackers(parse_args("", [*NEEDED, "--report_to=all"])) == ["tensorboard", "wandb"]
+    with pytest.raises(UserError, match="--report_to: trackio is not installed; pip install trackio"):
+        parse_args("", [*NEEDED, "--report_to=tensorboard,trackio"])
 
 
 @pytest.mark.parametrize(

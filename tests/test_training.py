@@ -297,13 +297,13 @@ def loss_goes_wrong(monkeypatch):
     from instruct_pix2pix.training import step
 
     def choose(updates: set[int]) -> None:
-        real, calls = step.diffusion_loss, []
+        real, calls = step.sample_losses, []
 
         def loss(*arguments):
             calls.append(None)
             return real(*arguments) * (float("nan") if len(calls) in updates else 1.0)
 
-        monkeypatch.setattr(step, "diffusion_loss", loss)
+        monkeypatch.setattr(step, "sample_losses", loss)
 
     return choose
 
@@ -502,6 +502,10 @@ def test_two_processes_train_what_one_does(base_models, pairs, small_run, tmp_pa
         "checkpointing_steps": 2,
         "use_ema": True,
         "conditioning_dropout_prob": 0.2,
+        "validation_dataset": copy_tree(pairs, tmp_path / "held_out"),
+        "validation_steps": 1,
+        "num_validation_images": 1,
+        "keep_best": "loss",
     }
     launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes=2"]
     done = subprocess.run(
@@ -521,6 +525,9 @@ def test_two_processes_train_what_one_does(base_models, pairs, small_run, tmp_pa
     for name in single:
         torch.testing.assert_close(single[name], double[name], rtol=1e-3, atol=2e-4)
     assert (tmp_path / "two" / "checkpoint-2" / "state.json").exists()
+    measured = [[json.loads(line) for line in (run / "validation_log.jsonl").open()] for run in (tmp_path / "two", one)]
+    assert [line["step"] for line in measured[0]] == [1, 2, 3]
+    assert [line["loss"] for line in measured[0]] == pytest.approx([line["loss"] for line in measured[1]], rel=1e-3)
     assert "2 process(es) on cpu" in done.stderr
 
 

@@ -6,8 +6,8 @@ checkpoint-<step>/
     unet/                    diffusers folder, float32, without the path that the weights came from
     ema.safetensors          the average's tensors, by parameter name (with --use_ema)
     optimizer.safetensors    the optimizer's tensors, "<parameter>/<state>"
-    state.json               step, samples seen, seed, loss scaler, flags, the rest of the optimizer's state, and the
-                             size of every file
+    state.json               step, samples seen, seed, loss scaler, flags, the rest of the optimizer's state, what a
+                             validation for --keep_best found, and the size of every file
 """
 
 import json
@@ -29,6 +29,7 @@ from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import flush, free_space, in_megabytes, write_json
 from instruct_pix2pix.models.trained import EMA_FILE, STATE_FILE, UNET_FILE, damage, read_state
 from instruct_pix2pix.training.ema import EMA
+from instruct_pix2pix.training.options import KEEP_BEST
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,10 @@ class Writer:
         optimizer: torch.optim.Optimizer,
         ema: EMA | None,
         limit: int | None,
+        keep_best: str | None = None,
     ) -> None:
-        """Start writing checkpoint-<state["step"]>, whole or not at all; then only the newest `limit` are kept.
+        """Start writing checkpoint-<state["step"]>, whole or not at all; then only those are kept that `remove_old`
+        keeps of them.
 
         `state` is JSON-serialisable and holds "step"; `unet` is the unwrapped one, whose parameters `optimizer` and
         `ema` are over.
@@ -112,7 +115,7 @@ class Writer:
             tensors = {file: {n: t.to("cpu", copy=True) for n, t in group.items()} for file, group in tensors.items()}
         config = json.loads(unet.to_json_string())
         config.pop("_name_or_path", None)  # a path of this machine, and after a resume another one
-        self.pending = self.thread.submit(_write, Path(output_dir), state, config, tensors, limit)
+        self.pending = self.thread.submit(_write, Path(output_dir), state, config, tensors, limit, keep_best)
         if not copied:
             logger.info("checkpoint-%d is written while training waits: too little memory for a copy", state["step"])
             self.wait()
@@ -171,14 +174,19 @@ def _room_in_group(folder: Path, limit: str, usage: str, inactive: str) -> float
 
 
 def _write(
-    output_dir: Path, state: dict, config: dict, tensors: dict[str, dict[str, torch.Tensor]], limit: int | None
+    output_dir: Path,
+    state: dict,
+    config: dict,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    limit: int | None,
+    keep_best: str | None,
 ) -> None:
     """`config` is the UNet's; `tensors` are by file and name."""
     name = f"checkpoint-{state['step']}"
     try:
         _write_folder(output_dir / f".{name}.partial", state, config, tensors)
         _put_in_place(output_dir, name)
-        remove_old(output_dir, limit)
+        remove_old(output_dir, limit, keep_best)
     except (OSError, SafetensorError) as error:  # most often a full disk
         shutil.rmtree(output_dir / f".{name}.partial", ignore_errors=True)
         needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
@@ -227,14 +235,28 @@ def remove_partial(output_dir: Path) -> None:
         shutil.rmtree(path)
 
 
-def remove_old(output_dir: Path, limit: int | None) -> None:
-    """Keep the newest `limit` checkpoints; a run killed before it did this leaves it to the next. A damaged one counts
-    not: it must not outlive the last that is whole."""
+def remove_old(output_dir: Path, limit: int | None, keep_best: str | None = None) -> None:
+    """Keep the newest `limit` checkpoints, and the best; a run killed before it did this leaves it to the next. A
+    damaged one counts not: it must not outlive the last that is whole."""
     if limit is not None:
+        best = best_checkpoint(output_dir, keep_best)
         for old in [path for path in list_checkpoints(output_dir) if damage(path) is None][:-limit]:
+            if old == best:
+                continue
             going = old.with_name(f".{old.name}.partial")  # killed at half, remove_partial ends it
             os.replace(old, going)
             shutil.rmtree(going)
+
+
+def best_checkpoint(output_dir: Path, keep_best: str | None) -> Path | None:
+    """The whole checkpoint with the best value of that measure, the first of equals; None where none has one."""
+    values = {
+        path: read_state(path).get("validation", {}).get(keep_best, math.nan)
+        for path in list_checkpoints(output_dir)
+        if keep_best is not None and damage(path) is None
+    }
+    sign = 1 if KEEP_BEST.get(keep_best) == "lower" else -1
+    return min((path for path in values if math.isfinite(values[path])), key=lambda p: sign * values[p], default=None)
 
 
 def load_training_state(

@@ -63,7 +63,7 @@ class WindowEncoder:
         self.config, self.device, self.prediction_type = config, device, prediction_type
         self.tokenizer, self.text_encoder, self.vae, self.cache = tokenizer, text_encoder, vae, cache
         self.alphas_cumprod = alphas_cumprod.to(device)  # (T,)
-        self.null_embedding = self._embed([""])  # (1, L, D)
+        self.null_embedding = self.embed([""])  # (1, L, D)
         self.stream = None
         if device.type == "cuda":
             self.stream = torch.cuda.Stream()
@@ -78,29 +78,35 @@ class WindowEncoder:
         if self.cache is not None:
             text, image_latents, latents = self.cache.look_up(window, self.device)
         else:
-            text = self._embed(window["instructions"])
-            image_latents, latents = self._encode_pairs(window)
+            text = self.embed(window["instructions"])
+            image_latents, latents = self.encode_pairs(window)
         moved = {name: window[name].to(self.device, non_blocking=True) for name in ("noise", "timesteps", "dropout")}
         text, image_latents = drop_conditioning(
             text, image_latents, self.null_embedding, moved["dropout"], config.conditioning_dropout_prob
         )
-        schedule = (moved["timesteps"], self.alphas_cumprod)
         weights = torch.ones_like(moved["dropout"])
         if config.snr_gamma:
+            schedule = (moved["timesteps"], self.alphas_cumprod)
             weights = min_snr_weights(*schedule, config.snr_gamma, self.prediction_type)
+        inputs = self.add_noise(text, image_latents, latents, moved["noise"], moved["timesteps"])
+        return inputs | {"weights": weights}
+
+    def add_noise(self, text, image_latents, latents, noise, timesteps) -> dict[str, torch.Tensor]:
+        """What the UNet sees and has to predict of clean latents: all that a call returns but the weights."""
         return {
-            "noisy": torch.cat([add_noise(latents, moved["noise"], *schedule), image_latents], dim=1),
-            "timesteps": moved["timesteps"],
+            "noisy": torch.cat([add_noise(latents, noise, timesteps, self.alphas_cumprod), image_latents], dim=1),
+            "timesteps": timesteps,
             "text": text,
-            "target": prediction_target(latents, moved["noise"], *schedule, self.prediction_type),
-            "weights": weights,
+            "target": prediction_target(latents, noise, timesteps, self.alphas_cumprod, self.prediction_type),
         }
 
-    def _embed(self, instructions: list[str]) -> torch.Tensor:
+    def embed(self, instructions: list[str]) -> torch.Tensor:
+        """(B, L, D), of the text encoder's precision."""
         ids = sd.tokenize(self.tokenizer, instructions).to(self.text_encoder.device)
         return sd.encode_text(self.text_encoder, ids).to(self.device)
 
-    def _encode_pairs(self, window: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_pairs(self, window: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents of the originals and of the edited images, (B, C, h, w) float32, see sd.encode_pair."""
         pairs_per_pass = max(1, sd.PIXELS_PER_PASS // self.config.resolution**2)
         columns = (window[name].split(pairs_per_pass) for name in ("original", "edited", "posterior_noise"))
         encoded = []

@@ -1,4 +1,4 @@
-"""What a run says while it goes: numbers and pictures to TensorBoard, W&B and a JSON-lines file; and trouble."""
+"""What a run says while it goes: numbers and pictures to trackers and JSON-lines files; and trouble."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ from urllib.parse import urlparse
 import datasets
 import diffusers
 import numpy as np
+import psutil
 import torch
 import transformers
 from accelerate.utils import gather_object
@@ -21,14 +22,16 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import write_json_lines, written_whole
+from instruct_pix2pix.files import write_json_lines, write_text, written_whole
 from instruct_pix2pix.training.config import resolved
-from instruct_pix2pix.training.options import trackers
+from instruct_pix2pix.training.ema import ema_decay
+from instruct_pix2pix.training.loss import BANDS, sums_by_band
+from instruct_pix2pix.training.options import as_list, trackers
 
 logger = logging.getLogger(__name__)
 
-PROJECT_NAME = "instruct-pix2pix"
 LOG_FILE = "training_log.jsonl"
+RUN_ID_FILE = "tracker_run_id.txt"  # by which a resumed run goes on in the W&B run that it was
 SKIPPED_FILE = "skipped.jsonl"  # what was left out of the dataset, and why
 # Updates between two looks at the device: each look waits for it, so the numbers are collected there meanwhile.
 LOG_EVERY = 10
@@ -52,14 +55,43 @@ def set_up_logging() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+class Lines:
+    """A file of a JSON object for each step, whose numbers the trackers get too, their names after `prefix`. What a
+    resumed run makes again, the lines after its checkpoint, is dropped first. For the main process."""
+
+    def __init__(self, run, file: str, prefix: str = ""):
+        self.accelerator, self.path, self.prefix = run.accelerator, Path(run.config.output_dir) / file, prefix
+        kept = [(step, line) for step, line in _read_lines(self.path) if step <= run.first_step]
+        self.last = kept[-1][0] if kept else 0  # step that there is a line of
+        with written_whole(self.path) as temporary:
+            temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
+
+    def write(self, entries: list[dict]) -> None:
+        entries = [entry for entry in entries if entry["step"] > self.last]
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        for entry in entries:
+            self.last = entry["step"]
+            values = {self.prefix + name: value for name, value in entry.items() if name != "step"}
+            for tracker in _listening(self.accelerator, self.last):
+                tracker.log(values, step=self.last)
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """(step, line) of each whole line."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # the last line of a killed run
+            found.append((json.loads(line)["step"], line + "\n"))
+    return found
+
+
 class Log:
     """Collects each update's numbers on the device and writes them every LOG_EVERY updates."""
 
     def __init__(self, run):
         self.run = run
-        self.path = Path(run.config.output_dir) / LOG_FILE
-        if run.accelerator.is_main_process:
-            _keep_lines_until(self.path, run.first_step)
+        self.lines = Lines(run, LOG_FILE) if run.accelerator.is_main_process else None
         self.progress = tqdm(
             total=run.config.max_train_steps,
             initial=run.first_step,
@@ -75,8 +107,12 @@ class Log:
         """Leave out what was not training: a checkpoint or a validation just written."""
         self.clock = time.perf_counter()
 
-    def add(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
-        self.pending.append((step, loss, grad_norm, learning_rate))
+    def add(self, step: int, loss, grad_norm, losses, timesteps, learning_rate: float) -> None:
+        """Of an update: tensors on the device, scalars and the samples' (W,)."""
+        known = {"learning_rate": learning_rate}
+        if self.run.ema is not None:
+            known["ema_decay"] = ema_decay(self.run.ema.updates - 1, self.run.ema.decay)
+        self.pending.append((step, torch.stack([loss, grad_norm.float()]), losses, timesteps, known))
         self.last_step = step
         self.progress.update(1)
 
@@ -86,27 +122,30 @@ class Log:
         if not self.pending:
             return
         accelerator = self.run.accelerator
-        numbers = torch.stack([torch.stack([loss, norm.float()]) for _, loss, norm, _ in self.pending])
+        steps, numbers, losses, timesteps, known = zip(*self.pending, strict=True)
+        bands = sums_by_band(torch.stack(losses), torch.stack(timesteps), len(self.run.make_inputs.alphas_cumprod))
+        numbers = torch.cat([torch.stack(numbers), bands.flatten(1)], dim=1)  # (updates, 2 + 2 * BANDS)
         numbers = (accelerator.reduce(numbers, "mean") if gather else numbers).tolist()
+        on_gpu = accelerator.device.type == "cuda"  # the most that was held of it; else the process's size
+        memory = torch.cuda.max_memory_reserved() if on_gpu else psutil.Process().memory_info().rss
         seconds = time.perf_counter() - self.clock
         images_per_second = len(self.pending) * self.run.images_per_update / seconds
         entries = [
             {
                 "step": step,
                 "loss": loss,
-                "learning_rate": learning_rate,
+                **{f"loss_q{band}": sums[band] / sums[BANDS + band] for band in range(BANDS) if sums[BANDS + band]},
                 "grad_norm": norm,
+                **others,
                 "images_per_second": round(images_per_second, 2),
+                "memory_gib": round(memory / 2**30, 2),
             }
-            for (step, _, _, learning_rate), (loss, norm) in zip(self.pending, numbers, strict=True)
+            for step, (loss, norm, *sums), others in zip(steps, numbers, known, strict=True)
         ]
         self.pending = []
         self.restart_clock()
         if accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in entries)
-            for entry in entries:
-                accelerator.log({key: value for key, value in entry.items() if key != "step"}, entry["step"])
+            self.lines.write(entries)
             self.progress.set_postfix(loss=f"{entries[-1]['loss']:.4f}", images_s=f"{images_per_second:.1f}")
         self._watch(entries)
 
@@ -131,19 +170,6 @@ class Log:
         return not self.not_finite
 
 
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Drop the lines after the checkpoint that is resumed from."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:  # the last line of a killed run
-            continue
-    with written_whole(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-
-
 def write_skipped(run, gather: bool = True) -> None:
     """Write the list of what was left out so far, before a resumed run's start too. Called by all processes, unless
     `gather` is off, since each of them sees other rows."""
@@ -166,21 +192,42 @@ def write_skipped(run, gather: bool = True) -> None:
 # ---- trackers
 
 
-def start_trackers(accelerator, config) -> None:
-    """Start the trackers asked for, on the main process. Without a W&B account the run is recorded offline."""
+def start_trackers(run) -> None:
+    """Start the trackers asked for, on the main process; a resumed run goes on in the runs of W&B and trackio that it
+    was. Without a W&B account the run is recorded offline."""
+    config, accelerator = run.config, run.accelerator
     names = trackers(config)
     if not names or not accelerator.is_main_process:
         return
     _hide_token(config.hub_token)
-    init_kwargs = {}
-    if "wandb" in names:
-        if "WANDB_MODE" not in os.environ and not _has_wandb_account():
-            os.environ["WANDB_MODE"] = "offline"
-            logger.warning("no W&B account on this machine: recording offline, `wandb sync` uploads it later")
-        init_kwargs["wandb"] = {"dir": config.output_dir}
-    # TensorBoard takes no None among its hyper-parameters.
-    flags = {name: str(value) if value is None else value for name, value in resolved(config).items()}
-    accelerator.init_trackers(PROJECT_NAME, config=flags, init_kwargs=init_kwargs)
+    if "wandb" in names and "WANDB_MODE" not in os.environ and not _has_wandb_account():
+        os.environ["WANDB_MODE"] = "offline"
+        logger.warning("no W&B account on this machine: recording offline, `wandb sync` uploads it later")
+    output_dir = Path(config.output_dir)
+    if resumed := run.first_step > 0 and (output_dir / RUN_ID_FILE).exists():
+        run_id = (output_dir / RUN_ID_FILE).read_text(encoding="utf-8").strip()
+    else:
+        write_text(output_dir / RUN_ID_FILE, run_id := os.urandom(4).hex())
+    name = config.run_name or f"{output_dir.resolve().name}-{run_id}"
+    init_kwargs = {
+        "tensorboard": {"purge_step": run.first_step + 1},  # hides what is made again
+        "wandb": {"dir": config.output_dir, "id": run_id, "name": name, "resume": "allow" if resumed else None}
+        | {"entity": config.wandb_entity, "tags": as_list(config.tags)},
+        "trackio": {"name": name, "resume": "allow" if resumed else "never", "embed": False}
+        | {"auto_log_cpu": False, "auto_log_gpu": False},
+    }
+    # TensorBoard takes numbers and text among its hyper-parameters.
+    flags = {n: v if isinstance(v, (int, float, str)) else str(v) for n, v in resolved(config).items()}
+    accelerator.init_trackers(config.tracker_project_name, config=flags, init_kwargs=init_kwargs)
+    told = max((step for step, _ in _read_lines(output_dir / LOG_FILE)), default=0) if resumed else 0
+    for tracker in accelerator.trackers:
+        # W&B takes no step twice, trackio shows it twice: what a killed run has told them stays.
+        tracker.told_until = 0 if tracker.name == "tensorboard" else told
+
+
+def _listening(accelerator, step: int) -> list:
+    """The trackers that do not know of this step yet."""
+    return [tracker for tracker in accelerator.trackers if step > tracker.told_until]
 
 
 def _hide_token(token: str | None) -> None:
@@ -199,27 +246,17 @@ def _has_wandb_account() -> bool:
         return False
 
 
-def log_images(accelerator, original: Image.Image, edited: list[Image.Image], prompt: str, step: int) -> None:
-    """A validation's pictures: a table row each in W&B, an image grid in TensorBoard."""
-    for tracker in accelerator.trackers:
+def log_pictures(accelerator, name: str, sheet: Image.Image, rows: list[dict], step: int) -> None:
+    """A validation's pictures: for W&B a table of `rows`, column -> image, text or number; for others the sheet."""
+    for tracker in _listening(accelerator, step):
         if tracker.name == "wandb":
             import wandb
 
-            table = wandb.Table(columns=["original_image", "edited_image", "edit_prompt"])
-            for image in edited:
-                table.add_data(wandb.Image(original), wandb.Image(image), prompt)
-            tracker.log({"validation": table}, step=step)
+            data = [[wandb.Image(v) if isinstance(v, Image.Image) else v for v in row.values()] for row in rows]
+            tracker.log({name: wandb.Table(columns=list(rows[0]), data=data)}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({name: trackio.Image(sheet)}, step=step)
         elif tracker.name == "tensorboard":
-            pictures = np.stack([np.asarray(image.resize(edited[0].size)) for image in (original, *edited)])
-            tracker.writer.add_images("validation", pictures, step, dataformats="NHWC")
-
-
-def log_sheet(accelerator, sheet: Image.Image, step: int) -> None:
-    """The sheet of held-out edits, as one picture."""
-    for tracker in accelerator.trackers:
-        if tracker.name == "wandb":
-            import wandb
-
-            tracker.log({"held_out": wandb.Image(sheet)}, step=step)
-        elif tracker.name == "tensorboard":
-            tracker.writer.add_image("held_out", np.asarray(sheet), step, dataformats="HWC")
+            tracker.writer.add_image(name, np.asarray(sheet), step, dataformats="HWC")

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+BANDS = 4  # quarters of the timesteps, from the least noise to the most: loss_q0 to loss_q3 in the logs
+
 
 def add_noise(
     latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
@@ -46,5 +48,16 @@ def min_snr_weights(
 
 def diffusion_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error in float32, a scalar; `weights` (B,) multiply each sample's mean."""
+    return sample_losses(prediction, target, weights).mean()
+
+
+def sample_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """The same for each of the B samples, (B,)."""
     error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
-    return (error if weights is None else error * weights).mean()
+    return error if weights is None else error * weights
+
+
+def sums_by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+    """Losses (..., B) summed over each quarter of the timesteps, and how many there were: (..., 2, BANDS)."""
+    member = F.one_hot(timesteps * BANDS // num_timesteps, BANDS).to(losses.dtype)
+    return torch.stack([(losses[..., None] * member).sum(-2), member.sum(-2)], dim=-2)

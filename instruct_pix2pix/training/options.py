@@ -4,6 +4,7 @@ Imports nothing heavy, so that `--help` and a wrong flag answer at once.
 """
 
 import argparse
+import importlib.util
 import math
 from pathlib import Path
 
@@ -21,11 +22,24 @@ LR_SCHEDULERS = (
     "constant",
     "constant_with_warmup",
 )
-TRACKERS = ("tensorboard", "wandb", "none")
+TRACKERS = ("tensorboard", "wandb", "trackio", "none")
+KEEP_BEST = {"loss": "lower", "psnr": "higher", "ssim": "higher"}  # which values of a validation are better
 
 
 def _size_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
+
+
+class _OneOrMore(argparse.Action):
+    """Takes one value or more. A single one stays a string: cards, and checkpoints of old, have it as one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
+def as_list(value: str | list[str] | None) -> list[str]:
+    """The values of a flag that takes one or more."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 _size_or_auto.__name__ = "number or auto"  # argparse names it in its error: invalid number or auto value
@@ -71,11 +85,6 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--train_data_dir", help="The same for a local folder or file. Ignored with --dataset_name.")
     add_source_flags(data)
-    add(
-        "--validation_split",
-        help="Split of the dataset to draw validation edits from: its first --num_validation_images rows, each edited"
-        " by its own instruction and shown beside its target.",
-    )
     add("--max_train_samples", type=int, help="Train on this many rows, drawn with the seed.")
     add(
         "--dataloader_num_workers",
@@ -183,6 +192,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--checkpointing_steps", type=int, default=500, help="Write a checkpoint every so many updates.")
     add("--checkpoints_total_limit", type=int, help="Keep only the newest so many; all when left out.")
     add(
+        "--keep_best",
+        choices=tuple(KEEP_BEST),
+        help="Keep the checkpoint that is best by this measure of the held-out rows, too; each is validated for it.",
+    )
+    add(
         "--resume_from_checkpoint",
         help="A checkpoint folder, or latest: go on from the newest if there is one.",
     )
@@ -193,9 +207,30 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         " one right answer.",
     )
     add = validation.add_argument
-    add("--val_image_url", help="Image to edit during training: a URL or a local path.")
-    add("--validation_prompt", help="Instruction to edit it with.")
-    add("--num_validation_images", type=int, default=4, help="Edits per validation, of the image and of the split.")
+    several = {"nargs": "+", "action": _OneOrMore}
+    add("--val_image_url", **several, help="Images to edit during training: URLs or local paths.")
+    add("--validation_prompt", **several, help="Instructions to edit them with: one for each image, or one for all.")
+    add(
+        "--validation_dataset",
+        help="Held-out rows, anything that --dataset_name takes, read by the training set's flags for columns and"
+        " images. Their loss is logged with fixed noise and timesteps, and some are edited beside their targets.",
+    )
+    add(
+        "--validation_split",
+        help="Split of the validation dataset, or, without one, of the training set, to take held-out rows from.",
+    )
+    add(
+        "--max_validation_samples",
+        type=int,
+        default=64,
+        help="Held-out rows for the loss; of more, the same so many are drawn in every run.",
+    )
+    add(
+        "--num_validation_images",
+        type=int,
+        default=4,
+        help="Edits of each image, and held-out rows that are edited and measured (PSNR, SSIM).",
+    )
     add("--validation_epochs", type=int, default=1, help="Validate every so many epochs.")
     add("--validation_steps", type=int, help="Validate every so many updates instead.")
     editing.add_guidance_flags(validation)
@@ -205,8 +240,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--report_to",
         default="tensorboard",
-        help=f"Trackers, separated by commas: {', '.join(TRACKERS)}, all.",
+        help=f"Trackers, separated by commas: {', '.join(TRACKERS)}, or all that are installed.",
     )
+    add("--tracker_project_name", default="instruct-pix2pix", help="Project of W&B and trackio, folder of TensorBoard.")
+    add("--run_name", help="Name of the run in W&B and trackio; made of --output_dir and a number when left out.")
+    add("--wandb_entity", help="W&B user or team to log to.")
+    add("--tags", nargs="+", help="Tags of the W&B run.")
     add("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir.")
     add("--push_to_hub", action="store_true", help="Upload pipeline and model card when done.")
     add("--hub_token", help="Hub token; better given by `hf auth login` or HF_TOKEN. Never written anywhere.")
@@ -233,6 +272,7 @@ def check(args: argparse.Namespace) -> None:
         "num_train_epochs",
         "max_train_steps",
         "max_train_samples",
+        "max_validation_samples",
         "checkpointing_steps",
         "checkpoints_total_limit",
         "num_validation_images",
@@ -277,11 +317,19 @@ def check(args: argparse.Namespace) -> None:
 
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         raise UserError(f"--output_dir: {args.output_dir} is a file; name a folder")
-    if (args.val_image_url is None) != (args.validation_prompt is None):
-        missing = "--val_image_url" if args.val_image_url is None else "--validation_prompt"
+    images, prompts = as_list(args.val_image_url), as_list(args.validation_prompt)
+    if bool(images) != bool(prompts):
+        missing = "--validation_prompt" if images else "--val_image_url"
         raise UserError(f"{missing}: missing; validation needs an image and an instruction, or neither")
-    if args.val_image_url and not is_url(args.val_image_url) and not Path(args.val_image_url).is_file():
-        raise UserError(f"--val_image_url: {args.val_image_url} is not a file; give a URL or the path of an image")
+    if len(prompts) not in (1, len(images)) and images:
+        counts = f"{len(prompts)} instructions for {len(images)} image(s)"
+        raise UserError(f"--validation_prompt: {counts}; give one for each, or one for all")
+    for image in images:
+        if not is_url(image) and not Path(image).is_file():
+            raise UserError(f"--val_image_url: {image} is not a file; give a URL or the path of an image")
+    if args.keep_best and not (args.validation_dataset or args.validation_split):
+        remedy = "name them with --validation_dataset or --validation_split"
+        raise UserError(f"--keep_best: {args.keep_best} is one of held-out rows; {remedy}")
     if args.dataset_name is None and args.train_data_dir and not Path(args.train_data_dir).expanduser().exists():
         raise UserError(f"--train_data_dir: {args.train_data_dir} is not a folder or a file")
 
@@ -292,6 +340,9 @@ def trackers(args: argparse.Namespace) -> list[str]:
     unknown = [name for name in names if name not in (*TRACKERS, "all")]
     if unknown:
         raise UserError(f"--report_to: {unknown[0]!r} is unknown; choose from {', '.join(TRACKERS)}, all")
+    installed = [name for name in TRACKERS if name != "none" and importlib.util.find_spec(name)]
     if "all" in names:
-        names = list(TRACKERS)
+        return installed
+    if missing := [name for name in names if name not in (*installed, "none")]:
+        raise UserError(f"--report_to: {missing[0]} is not installed; pip install {missing[0]}, or leave it out")
     return [name for name in names if name != "none"]

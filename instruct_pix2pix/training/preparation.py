@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from instruct_pix2pix.training.config import Config, resolve, resolved
 from instruct_pix2pix.training.ema import EMA
 from instruct_pix2pix.training.inputs import WindowEncoder, WindowLoader
 from instruct_pix2pix.training.options import trackers
-from instruct_pix2pix.training.validation import HeldOut, load_held_out, load_validation_image
+from instruct_pix2pix.training.validation import HeldOut, load_held_out, load_validation_images
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ class Plan:
     first_step: int  # updates already done
     first_position: int  # samples already seen
     space_needed: int  # bytes in --output_dir
-    validation_image: Image.Image | None
-    validation_rows: list[HeldOut]
+    validation_images: list[tuple[Image.Image, str]]  # with their instructions; these and the next on the main process
+    held_out_triples: Triples | None
     repo_id: str | None
 
     @property
@@ -98,6 +99,7 @@ class Run(Plan):
     schedule: torch.optim.lr_scheduler.LambdaLR
     windows: WindowLoader
     make_inputs: WindowEncoder
+    held_out: HeldOut | None
     update: step.Update
     checkpoints: checkpoints.Writer
 
@@ -161,12 +163,12 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     if checkpoint is not None:
         _say_what_changed(config, state)
     space_needed = _space_needed(config, configs, state["step"])
-    validation_image, validation_rows, repo_id = None, [], None
+    validation_images, held_out_triples, repo_id = [], None, None
     if accelerator.is_main_process:
         check_folder("--output_dir", output_dir, space_needed, "what training writes (checkpoints and the pipeline)")
-        validation_rows = load_held_out(config, source)
+        held_out_triples = load_held_out(config, source)
     if not config.dry_run and accelerator.is_main_process:
-        validation_image = load_validation_image(config, multiple=sd.resolution_multiple(configs))
+        validation_images = load_validation_images(config, multiple=sd.resolution_multiple(configs))
         if config.push_to_hub:
             repo_id = publishing.prepare_repo(config)
     return Plan(
@@ -181,8 +183,8 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
         first_step=state["step"],
         first_position=state["samples_seen"],
         space_needed=space_needed,
-        validation_image=validation_image,
-        validation_rows=validation_rows,
+        validation_images=validation_images,
+        held_out_triples=held_out_triples,
         repo_id=repo_id,
     )
 
@@ -238,16 +240,17 @@ def _refuse_to_overwrite(output_dir: Path, checkpoint: Path | None) -> None:
 
 
 def _space_needed(config, configs: dict, first_step: int) -> int:
-    """Bytes for two checkpoints, of which one makes room for the next, and the pipeline; none where all is done.
+    """Bytes for two checkpoints, of which one makes room for the next, the best where it is kept, and the pipeline;
+    none where all is done.
 
     float32: the UNet, AdamW's two moments (of 8 bits with --use_8bit_adam), the average; the pipeline's three models.
     """
     counts, left = sd.count_parameters(configs), config.max_train_steps - first_step
     moments = 2.1 if config.use_8bit_adam else 8  # with the scales of 256 values each
     checkpoint = counts["unet"] * (4 + moments + 4 * config.use_ema)
-    # Of a run that goes on, one lies there already; a short run writes but one.
-    going_on = bool(checkpoints.list_checkpoints(Path(config.output_dir)))
-    to_come = 0 if left <= 0 else 1 if going_on or left <= config.checkpointing_steps else 2
+    # Of a run that goes on, some lie there already; a short run writes but one.
+    most = 2 + (config.keep_best is not None) - len(checkpoints.list_checkpoints(Path(config.output_dir)))
+    to_come = 0 if left <= 0 else max(1, min(most, math.ceil(left / config.checkpointing_steps)))
     return int(to_come * checkpoint + 4 * sum(counts.values()))
 
 
@@ -277,6 +280,7 @@ def _say_what_is_unusual(config) -> None:
 def _say_what_changed(config, state: dict) -> None:
     """A resumed run may change flags, on purpose or not; those that change the course of training are named."""
     harmless = {"output_dir", "resume_from_checkpoint", "report_to", "max_train_steps", "num_train_epochs"}
+    harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best"}
     now, then = resolved(config), state["flags"]
     if now["use_8bit_adam"] != then.get("use_8bit_adam", False):
         raise UserError(
@@ -326,6 +330,7 @@ def build(plan: Plan) -> Run:
     alphas_cumprod = DDPMScheduler.from_config(plan.configs["scheduler"]).alphas_cumprod
     frozen = (tokenizer, text_encoder, vae)
     make_inputs = WindowEncoder(config, accelerator.device, *frozen, cache, alphas_cumprod, plan.prediction_type)
+    held_out = HeldOut(plan, make_inputs) if plan.held_out_triples is not None else None
     if cache is not None:
         vae.to("cpu")
         text_encoder.to("cpu")
@@ -379,6 +384,7 @@ def build(plan: Plan) -> Run:
         schedule=schedule,
         windows=WindowLoader(plan, cache, latent_shape, num_timesteps=len(alphas_cumprod)),
         make_inputs=make_inputs,
+        held_out=held_out,
         update=update,
         checkpoints=checkpoints.Writer(),
     )

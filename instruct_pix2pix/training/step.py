@@ -1,7 +1,7 @@
 """Ways of running an update: predict, loss, backward, clip, AdamW, average. One is chosen before the first update.
 
-All have `run(inputs, learning_rate) -> (loss, gradient norm)` and compute the same but for rounding. `inputs` are those
-of inputs.WindowEncoder.
+All have `run(inputs, learning_rate) -> (loss, gradient norm, sample losses)` and compute the same but for rounding.
+`inputs` are those of inputs.WindowEncoder.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import warnings
 import torch
 
 from instruct_pix2pix.cli import MemoryShortage, first_line
-from instruct_pix2pix.training.loss import diffusion_loss
+from instruct_pix2pix.training.loss import sample_losses
 
 logger = logging.getLogger(__name__)
 
@@ -28,28 +28,34 @@ class Update:
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, config.max_grad_norm
         self.parameters = list(model.parameters())
 
-    def run(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """One update; returns the window's mean loss and the gradient's norm before clipping, left on the device."""
-        loss = self.forward_backward(inputs)
+    def run(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, ...]:
+        """One update; returns the mean loss of the window, the gradient's norm before clipping, and the losses (W,) of
+        the window's samples, left on the device."""
+        loss, losses = self.forward_backward(inputs)
         norm = self.clip_and_step(learning_rate)
         self.drop_gradients()
-        return loss, norm
+        return loss, norm, losses
 
-    def forward_backward(self, inputs: dict[str, torch.Tensor], synchronise: bool = True) -> torch.Tensor:
-        """Predict, compare, and add up gradients, one micro-batch after another; returns the window's mean loss.
+    def forward_backward(
+        self, inputs: dict[str, torch.Tensor], synchronise: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Predict, compare, and add up gradients, one micro-batch after another; returns the window's mean loss and the
+        losses of its samples.
 
         Processes exchange gradients in the last backward pass, unless `synchronise` is off.
         """
         micro_batches = list(zip(*(tensor.split(self.micro_batch_size) for tensor in inputs.values()), strict=True))
-        window_loss = torch.zeros((), device=self.accelerator.device)
+        window_loss, window_losses = torch.zeros((), device=self.accelerator.device), []
         for number, (noisy, timesteps, text, target, weights) in enumerate(micro_batches, start=1):
             exchange = synchronise and number == len(micro_batches)
             with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model):
                 prediction = self.model(noisy, timesteps, text, return_dict=False)[0]
-                loss = diffusion_loss(prediction, target, weights) / len(micro_batches)
+                losses = sample_losses(prediction, target, weights)
+                loss = losses.mean() / len(micro_batches)
                 self.accelerator.backward(loss)
             window_loss += loss.detach()
-        return window_loss
+            window_losses.append(losses.detach())
+        return window_loss, torch.cat(window_losses)
 
     def clip_and_step(self, learning_rate: float) -> torch.Tensor:
         """Clip to --max_grad_norm, step, move the average; returns the norm before clipping."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import time
 from pathlib import Path
 
@@ -38,11 +39,12 @@ def train(args, expected_in_channels: int) -> None:
         with naming(plan.config.output_dir):
             run = build(plan)
             if accelerator.is_main_process:
-                checkpoints.remove_partial(Path(run.config.output_dir))
-                checkpoints.remove_old(Path(run.config.output_dir), run.config.checkpoints_total_limit)
-                publishing.begin(run.config.output_dir, resolved(run.config))
+                config, output_dir = run.config, Path(run.config.output_dir)
+                checkpoints.remove_partial(output_dir)
+                checkpoints.remove_old(output_dir, config.checkpoints_total_limit, config.keep_best)
+                publishing.begin(output_dir, resolved(config))
             write_skipped(run)
-            start_trackers(accelerator, run.config)
+            start_trackers(run)
             summary = run_updates(run)
             finish(run, summary)
     except RuntimeError as error:
@@ -68,19 +70,21 @@ def run_updates(run: Run) -> dict:
             for step in range(run.first_step + 1, last + 1):
                 learning_rate = run.learning_rate(step)
                 inputs = run.make_inputs(next(run.windows))
-                loss, grad_norm = run.update.run(inputs, learning_rate)
-                log.add(step, loss, grad_norm, learning_rate)
+                loss, grad_norm, losses = run.update.run(inputs, learning_rate)
+                log.add(step, loss, grad_norm, losses, inputs["timesteps"], learning_rate)
 
                 stopping = step < last and stop.all_ranks_agree(accelerator, step)
                 # The last update too: what comes after it may fail for want of disk, network or memory.
-                saving = stopping or step % config.checkpointing_steps == 0 or step == last
-                validating = validation_is_due(run, step) and not stopping
+                regular = step % config.checkpointing_steps == 0 or step == last
+                saving, for_best = stopping or regular, regular and config.keep_best is not None
+                validating = for_best or (validation_is_due(run, step) and not stopping)
                 if saving or validating or step % LOG_EVERY == 0:
                     log.flush()
                     run.checkpoints.raise_if_failed()
+                found = validate(run, step) if for_best else {}  # which the checkpoint holds
                 if saving:
-                    save(run, step, sound=log.is_finite())
-                if validating:
+                    save(run, step, log.is_finite(), found)
+                if validating and not for_best:
                     validate(run, step)
                 if stopping:
                     run.checkpoints.wait()
@@ -107,30 +111,32 @@ def run_updates(run: Run) -> dict:
     }
 
 
-def save(run: Run, step: int, sound: bool) -> None:
+def save(run: Run, step: int, sound: bool, found: dict[str, float]) -> None:
     """A checkpoint, with every process at the same update: replicas are equal, so the main one keeps a copy and writes
-    it in the background. Weights that are not `sound` must not take a good checkpoint's place."""
+    it in the background, with what a validation has `found`. Weights that are not `sound` must not take a good
+    checkpoint's place."""
     run.accelerator.wait_for_everyone()
     write_skipped(run)
     if not sound:
         logger.warning("no checkpoint-%d: the loss or the gradient of update %d is not finite", step, step)
     elif run.accelerator.is_main_process:
-        write_checkpoint(run, step)
+        write_checkpoint(run, step, found)
     run.accelerator.wait_for_everyone()
 
 
-def write_checkpoint(run: Run, step: int) -> None:
-    scaler = run.accelerator.scaler
+def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
+    config, scaler = run.config, run.accelerator.scaler
     state = {
         "step": step,
         "samples_seen": run.samples_seen(step),
-        "seed": run.config.seed,
+        "seed": config.seed,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
-        "flags": resolved(run.config),
+        "flags": resolved(config),
         "instruction": run.triples.first_instruction(),  # for the card of an export
     }
-    limit = run.config.checkpoints_total_limit
-    run.checkpoints.save(Path(run.config.output_dir), state, run.unet, run.optimizer, run.ema, limit)
+    state |= {"validation": found} if found else {}
+    kept = (config.checkpoints_total_limit, config.keep_best)
+    run.checkpoints.save(Path(config.output_dir), state, run.unet, run.optimizer, run.ema, *kept)
 
 
 def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
@@ -140,7 +146,7 @@ def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
         log.flush(gather=False)
         write_skipped(run, gather=False)
         if log.is_finite():
-            write_checkpoint(run, done)
+            write_checkpoint(run, done, {})
             run.checkpoints.wait()
             what = "a row that cannot be used" if isinstance(error, RowError) else "an update that needs more memory"
             logger.error("stopped at %s; checkpoint-%d keeps the updates so far", what, done)
@@ -153,11 +159,18 @@ def finish(run: Run, summary: dict) -> None:
     pushed = True
     if accelerator.is_main_process:
         with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
-            instruction = config.validation_prompt or run.triples.first_instruction()
+            prompt = config.validation_prompt
+            instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction()
             publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
         write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)
-    validate(run, config.max_train_steps)
+    if config.keep_best is None or run.first_step == config.max_train_steps:  # else its last checkpoint was validated
+        validate(run, config.max_train_steps)
+    best = checkpoints.best_checkpoint(Path(config.output_dir), config.keep_best)
+    if best is not None and accelerator.is_main_process:
+        value = checkpoints.read_state(best)["validation"][config.keep_best]
+        command = f"python tools/export_checkpoint.py {shlex.quote(str(best))} --output_dir NEW_FOLDER"
+        logger.info("best by %s (%.4g): %s; as a pipeline: %s", config.keep_best, value, best.name, command)
     if run.repo_id is not None:  # on the main process only
         pushed = publishing.push(config, run.repo_id)
     accelerator.wait_for_everyone()  # a process that leaves early ends the others under some launchers
