@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLD_VENV ?= .venv-old-libraries
 
-.PHONY: quickstart quickstart-low-level quickstart-control tiny-base test test-fast test-old-libraries soak long-run lint bench clean
+.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base test test-fast test-old-libraries soak long-run lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -32,6 +32,15 @@ quickstart-low-level: $(VENV)/.installed
 quickstart-control: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" OUTPUT_DIR=outputs/quickstart-control bash recipes/quickstart.sh \
 		--edited_image_column=original_image
+
+# The table of what quickstart-low-level trained, its rows and protocol.
+evaluate-low-level: outputs/quickstart-low-level/pipeline/model_index.json $(VENV)/.installed
+	$(BIN)/python evaluation/evaluate.py --model outputs/quickstart-low-level/pipeline \
+		--dataset outputs/quickstart-low-level/dataset --batch_size 12 --guidance_scale 1 --image_guidance_scale 1 \
+		--output_dir outputs/quickstart-low-level/evaluation
+
+outputs/quickstart-low-level/pipeline/model_index.json:
+	@echo "$@ is missing: run make quickstart-low-level first" >&2; exit 2
 
 # Trains models like those in assets/, into outputs/tiny_models: some two hours on one CPU core.
 tiny-base: $(VENV)/.installed

@@ -11,7 +11,7 @@ command is run again; the result is the same to the byte, and the same for any n
 from pathlib import Path
 
 from instruct_pix2pix.building.build import add_dataset_flags, add_photo_flags, check_dataset_flags
-from instruct_pix2pix.building.cartoonization import IMAGENETTE, build_cartoonization
+from instruct_pix2pix.building.cartoonization import IMAGENETTE, WHITEBOX, build_cartoonization
 from instruct_pix2pix.cli import Parser, run, whole_number
 
 INSTRUCTIONS = Path(__file__).parent / "instructions" / "cartoonize.txt"
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--cartoonizer", choices=["whitebox", "opencv"], default="whitebox",
         help="whitebox: White-box CartoonGAN, whose weights are for non-commercial use; opencv: classical "
              "filtering, no weights")
-    add("--cartoonizer_weights", default="sayakpaul/whitebox-cartoonizer", metavar="SOURCE",
+    add("--cartoonizer_weights", default=WHITEBOX, metavar="SOURCE",
         help=".npz, .safetensors, .tflite, a TensorFlow SavedModel (folder, or repository on the Hub)")
     add("--device", default="auto", help="auto takes a GPU where there is one")
     add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",

@@ -62,4 +62,4 @@ accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=n
 echo "3/3  Editing held-out photographs"
 # shellcheck disable=SC2086
 python evaluation/evaluate.py --model "$OUTPUT_DIR/pipeline" --dataset "$OUTPUT_DIR/dataset" \
-  --split test --resolution 128 --batch_size 12 $GUIDANCE --output_dir "$OUTPUT_DIR"
+  --split test --batch_size 12 $GUIDANCE --output_dir "$OUTPUT_DIR/evaluation"

@@ -50,7 +50,7 @@ accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=n
 echo "4/4  Measuring"
 measure() {
   python evaluation/evaluate.py --model "$WORK_DIR/tiny-instruct-pix2pix" --dataset "$WORK_DIR/held_out" --split train \
-    --resolution 128 --output_dir "$WORK_DIR/$1" --guidance_scale "$2" --image_guidance_scale "$3"
+    --output_dir "$WORK_DIR/$1" --guidance_scale "$2" --image_guidance_scale "$3"
 }
 measure unguided 1 1
 measure guided 7 1.5

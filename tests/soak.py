@@ -34,10 +34,13 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 # The only differences that are allowed: how long something took. Everything else in these files is compared.
 TIMES = {
-    "training_log.jsonl": r'"images_per_second": [\d.]+',  # speed of ten updates
+    "training_log.jsonl": r'"(images_per_second|memory_gib)": [\d.]+',  # of ten updates
     "training_summary.json": r'"train_seconds": [\d.]+',  # of the last of the runs
     "README.md": r"train seconds [\d.]+",  # the same, on the model card
-    "metrics.json": r'"(edit_seconds_per_image|train_seconds)": [\d.]+',  # evaluation's, and the model's
+    # Evaluation's, and the model's.
+    "edits.jsonl": r'"seconds": [\d.]+',
+    "metrics.json": r'"edit_seconds_per_image": \{[^}]*\}|"train_seconds": [\d.]+',
+    "report.html": r"(edit_seconds_per_image|train_seconds)</bdi></dt><dd><bdi>[\d.]+",
 }
 
 
@@ -67,7 +70,8 @@ JOBS = [
         "finetune_instruct_pix2pix.py",
         f"{TRAIN} --dataset_name=../../cartoons/whole/out --max_train_steps=16 --dataloader_num_workers=1"
         f" --val_image_url={ROOT}/assets/photos/test/sea6.webp --validation_steps=8 --num_validation_images=1"
-        " --validation_prompt=cartoonize --guidance_scale=1 --image_guidance_scale=1",
+        " --validation_prompt=cartoonize --guidance_scale=1 --image_guidance_scale=1"
+        " --validation_dataset=../../cartoons/whole/out --validation_split=test --keep_best=psnr",
     ),
     Job(
         "latent cache",
@@ -84,7 +88,7 @@ JOBS = [
     Job(
         "evaluation",
         "evaluation/evaluate.py",
-        f"--model ../../training/whole/out --dataset ../../cartoons/whole/out --split test --resolution 64"
+        f"--model ../../training/whole/out opencv --dataset ../../cartoons/whole/out --split test --resolution 64"
         f" --num_inference_steps 3 --batch_size 4 {EDITING} --output_dir out",
     ),
     Job(
@@ -117,7 +121,8 @@ def import_libraries() -> None:
     import instruct_pix2pix.building.cartoonization
     import instruct_pix2pix.building.low_level
     import instruct_pix2pix.edit_folder
-    import instruct_pix2pix.evaluation.metrics
+    import instruct_pix2pix.evaluation.report
+    import instruct_pix2pix.evaluation.summary
     import instruct_pix2pix.training.trainer  # noqa: F401
 
     # Both libraries import a class when it is first asked for.

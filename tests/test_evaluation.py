@@ -1,5 +1,6 @@
-"""Metrics against values known by arithmetic, and the evaluation script from dataset to sheet."""
+"""The evaluation script from dataset to folders, figures and page."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -11,30 +12,14 @@ import pytest
 from PIL import Image
 
 from evaluation import evaluate
+from instruct_pix2pix import editing, records
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.geometry import align_original, crop_pair, whitebox_size
-from instruct_pix2pix.data.sources import Source
+from instruct_pix2pix.data.sources import Source, source_of
 from instruct_pix2pix.data.triples import TripleDataset, load_triples
-from instruct_pix2pix.evaluation import metrics
-from tests.conftest import ROOT
-
-
-def test_psnr_by_arithmetic():
-    image = np.full((16, 16, 3), 100, np.uint8)
-    assert metrics.psnr(image, image) == 100.0
-    assert metrics.psnr(image, image + 5) == pytest.approx(20 * np.log10(255 / 5))
-    half = image.copy()
-    half[:8] += 10  # mean squared error 50
-    assert metrics.psnr(half, image) == pytest.approx(10 * np.log10(255**2 / 50))
-
-
-def test_ssim_is_one_for_equal_images_and_falls_with_blur_and_noise(photos):
-    photo = np.asarray(photos[0])
-    small = np.asarray(photos[0].reduce(2).resize(photos[0].size))
-    noise = np.random.default_rng(0).normal(0, 40, photo.shape)
-    noisy = np.clip(photo + noise, 0, 255).astype(np.uint8)
-    assert metrics.ssim(photo, photo) == pytest.approx(1.0)
-    assert 0 < metrics.ssim(noisy, photo) < metrics.ssim(small, photo) < 1
+from instruct_pix2pix.evaluation import edits, metrics, protocols, summary
+from tests.conftest import ROOT, copy_tree
+from tests.soak import differing_bytes
 
 
 @pytest.fixture
@@ -61,7 +46,15 @@ def dataset(tmp_path, photos):
 
 
 def read(folder, *flags) -> list[dict]:
-    return evaluate.read_split(evaluate.parse_args(["--model=m", f"--dataset={folder}", "--resolution=64", *flags]))[0]
+    args = evaluate.parse_args(["--model=m", f"--dataset={folder}", "--resolution=64", *flags])
+    triples = load_triples(source_of(args, "--dataset"), max_rows=args.max_samples)
+    return list(edits.read_rows(triples, args, protocols.PLAIN))
+
+
+def middle(image: np.ndarray, side: int = 64) -> np.ndarray:
+    """The square that --center_crop cuts out."""
+    top, left = ((length - side + 1) // 2 for length in image.shape[:2])
+    return image[top : top + side, left : left + side]
 
 
 def one_pair(folder, original, edited):
@@ -74,7 +67,7 @@ def one_pair(folder, original, edited):
 
 
 def assert_pixels_of_training(folder, split="test"):
-    """What is measured is what a training with --center_crop sees."""
+    """What is measured is what a training with --center_crop sees, and what it leaves out at the long side."""
     seen = read(folder, f"--split={split}")
     args = SimpleNamespace(resolution=64, image_geometry="resize_crop", center_crop=True, random_flip=False, seed=0)
     triples = load_triples(Source(str(folder), "--dataset_name", split=split))
@@ -82,8 +75,8 @@ def assert_pixels_of_training(folder, split="test"):
     assert len(seen) == len(trained_on.triples)
     for position in range(len(seen)):
         row, sample = seen[trained_on.order.locate(position)[1]], trained_on[position]
-        assert np.array_equal(row["input"], sample["original"].permute(1, 2, 0))
-        assert np.array_equal(row["target"], sample["edited"].permute(1, 2, 0))
+        assert np.array_equal(middle(row["input"]), sample["original"].permute(1, 2, 0))
+        assert np.array_equal(middle(row["target"]), sample["edited"].permute(1, 2, 0))
 
 
 @pytest.mark.parametrize("kind", ["transparent", "16-bit", "odd crop margin"])
@@ -107,7 +100,7 @@ def test_folders_of_pairs_and_metadata_files_are_read_as_in_training(pairs, phot
         read(pairs)
 
 
-@pytest.mark.parametrize("size", [(500, 375), (1000, 750), (750, 1001), (96, 64), (300, 200)])
+@pytest.mark.parametrize("size", [(500, 375), (1000, 750), (750, 1001), (192, 128), (300, 200)])
 def test_pairs_are_aligned_as_in_training(size, photos, tmp_path):
     """The published cartoons' cut, a scaled target, equal sizes."""
     photo = photos[0].resize(size)
@@ -115,7 +108,7 @@ def test_pairs_are_aligned_as_in_training(size, photos, tmp_path):
         folder = one_pair(tmp_path / str(number), photo, Image.new("RGB", target))
         aligned = align_original(photo, target)
         expected, _ = crop_pair(aligned, aligned, 64, "resize_crop", True, False, np.random.default_rng(0))
-        assert np.array_equal(read(folder)[0]["input"], expected)
+        assert np.array_equal(middle(read(folder)[0]["input"]), expected)
         assert_pixels_of_training(folder)
     with pytest.raises(UserError, match="row 0, column edited_image: .*one aspect ratio"):
         read(one_pair(tmp_path / "other", photo, Image.new("RGB", (size[0], size[1] // 2))))
@@ -135,10 +128,16 @@ def test_columns_of_other_names_are_named_by_flags(dataset):
         assert np.array_equal(one["input"], expected["input"]) and np.array_equal(one["target"], expected["target"])
 
 
-def test_wordings_are_the_splits_own_in_turn_or_another_splits(dataset):
-    assert [row["instruction"] for row in read(dataset)] == ["darken it", "make it darker", "darken it"]
+def test_wordings_are_the_splits_own_or_another_splits(dataset):
+    rows = read(dataset)
+    assert {row["instruction"] for row in rows} <= {"darken it", "make it darker"}
     seen = [row["instruction"] for row in read(dataset, "--wordings_from=train")]
     assert seen == ["seen wording, dark", "seen wording, dark", "seen wording, other"]
+    # Which of several is the picture's own matter, not its place's.
+    test = datasets.load_dataset(str(dataset), split="test")
+    test.select([2, 1, 0]).to_parquet(dataset.parent / "turned" / "test.parquet")
+    turned = read(dataset.parent / "turned")
+    assert [row["instruction"] for row in turned] == [row["instruction"] for row in reversed(rows)]
 
 
 def test_a_dataset_built_anew_is_read_anew(dataset):
@@ -151,40 +150,242 @@ def test_a_dataset_built_anew_is_read_anew(dataset):
     assert len(read(dataset)) == 1
 
 
-def test_an_evaluation_measures_the_model_beside_its_bounds(dataset, base_models, tmp_path, capsys, photos):
-    out = tmp_path / "out"
+@pytest.fixture
+def evaluated(dataset, base_models, tmp_path):
+    """`evaluated("out", *flags)` evaluates the tiny model on three photographs and returns the output folder."""
+
+    def run(name: str, *flags: str, models=(base_models["finetune"],), data=dataset):
+        flags = [f"--dataset={data}", f"--output_dir={tmp_path / name}", "--resolution=64", "--batch_size=2", *flags]
+        evaluate.main(["--model", *map(str, models), "--num_inference_steps=2", *flags])
+        return tmp_path / name
+
+    return run
+
+
+def per_image(folder) -> dict[tuple[str, str], dict[str, float]]:
+    """{(model, name of the image): scores}."""
+    with open(folder / "per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (row["model"], row["name"]): {key: float(row[key]) for key in row.keys() & metrics.METRICS.keys()}
+        for row in rows
+    }
+
+
+def test_an_evaluation_measures_models_beside_their_bounds(evaluated, base_models, capsys, photos):
     model = base_models["finetune"]
-    flags = [f"--model={model}", f"--dataset={dataset}", f"--output_dir={out}", "--resolution=64"]
-    evaluate.main([*flags, "--num_inference_steps=2", "--batch_size=2"])
+    out = evaluated("out", models=(model, "opencv"))
+    printed = capsys.readouterr().out
     found = json.loads((out / "metrics.json").read_text())
+    labels = [*edits.KINDS, model.name, "opencv"]
+    assert list(found["models"]) == labels
     expected = []
     for photo in photos[:3]:
         scale = 64 / min(photo.size)
-        photo = photo.resize([round(side * scale) for side in photo.size], Image.Resampling.BICUBIC)
-        left, top = ((side - 64) // 2 for side in photo.size)
-        square = np.asarray(photo.crop((left, top, left + 64, top + 64)))
-        expected.append(metrics.psnr(square, square // 2))
-    assert found["psnr_identity_db"] == pytest.approx(np.mean(expected), abs=0.5)
-    assert found["images"] == 3 and found["tasks"]["dark"]["images"] == 2
-    for kind in evaluate.KINDS:
-        assert found[f"psnr_{kind}_db"] > 0 and -1 <= found[f"ssim_{kind}"] <= 1
+        image = np.asarray(photo.resize([round(side * scale) for side in photo.size], Image.Resampling.BICUBIC))
+        expected.append(metrics.psnr(image, image // 2))
+    identity = found["models"]["identity"]
+    assert identity["all"]["psnr"]["mean"] == pytest.approx(np.mean(expected), abs=0.5)
+    assert identity["all"]["images"] == 3 and identity["tasks"]["dark"]["images"] == 2
+    assert identity["tasks"]["other"]["psnr"]["low"] is None  # of one image
     # Random weights: the round trip loses almost everything, and the numbers must say so.
-    assert found["psnr_identity_through_vae_db"] < found["psnr_identity_db"]
-    sheet = Image.open(out / "comparison.png")
-    assert sheet.width > 2 * 3 * 192 and sheet.height > 2 * 192
-    printed = capsys.readouterr().out
-    assert "vae ceiling" in printed and "comparison.png" in printed
+    assert found["models"]["identity_through_vae"]["all"]["psnr"]["mean"] < identity["all"]["psnr"]["mean"]
 
-    again = tmp_path / "again"
-    evaluate.main([*flags[:2], f"--output_dir={again}", "--resolution=64", "--num_inference_steps=2", "--batch_size=1"])
-    repeated = json.loads((again / "metrics.json").read_text())
-    assert repeated["psnr_model_db"] == pytest.approx(found["psnr_model_db"], abs=0.01)
+    scores = per_image(out)
+    assert len(scores) == 3 * len(labels)
+    for label in labels:
+        values = [scores[label, f"{number:06d}"] for number in range(3)]
+        for name in ("psnr", "ssim"):
+            of = found["models"][label]["all"][name]
+            assert of["mean"] == pytest.approx(np.mean([value[name] for value in values]), abs=1e-5)
+            assert of["low"] <= of["mean"] <= of["high"]
+    pairs = {(d["of"], d["minus"]) for d in found["differences"]}
+    assert pairs == {(model.name, "identity"), ("opencv", "identity"), ("opencv", model.name)}
+    [gain] = (
+        d
+        for d in found["differences"]
+        if (d["of"], d["minus"], d["task"], d["metric"]) == ("opencv", model.name, "dark", "psnr")
+    )
+    by_hand = [scores["opencv", name]["psnr"] - scores[model.name, name]["psnr"] for name in ("000000", "000001")]
+    assert gain["mean"] == pytest.approx(np.mean(by_hand), abs=1e-5)
+    assert gain["low"] == pytest.approx(min(by_hand), abs=1e-5)  # of two images a quarter of all draws is twice one
+
+    assert found["environment"]["dtype"] == "float32" and found["edit_seconds_per_image"][model.name] > 0
+    assert found["settings"]["seed"] == 0 and found["settings"]["models"][model.name] == str(model)
+    for folder in ("input", "target", *labels[1:]):
+        assert sorted(path.name for path in (out / folder).iterdir()) == [f"{n:06d}.png" for n in range(3)]
+    lookup = json.loads((out / "dataset_lookup.json").read_text())
+    assert lookup["000002.png"]["task"] == "other"
+    assert Image.open(out / "comparison.png").width > 2 * 4 * 192
+    assert "vae_ceiling" in printed and "report.html" in printed and (out / "report.html").is_file()
+    table = printed[printed.index("all, 3 images") : printed.index("protocol:")].splitlines()
+    assert max(map(len, table)) <= 120
 
 
-def test_a_side_that_the_model_cannot_take_is_padded_and_measured_whole(dataset, base_models, tmp_path):
-    flags = [f"--model={base_models['finetune']}", f"--dataset={dataset}", f"--output_dir={tmp_path / 'out'}"]
-    evaluate.main([*flags, "--resolution=61", "--num_inference_steps=1", "--max_samples=1"])
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == 1
+def test_scores_depend_neither_on_the_batch_nor_on_the_order(evaluated, dataset):
+    """Photographs of two sizes, one at a time and three at a time, and from last to first."""
+    rows = datasets.load_dataset(str(dataset), split="test")
+    turned = dataset.parent / "turned"
+    rows.select([2, 1, 0]).to_parquet(turned / "test.parquet")
+    expected = per_image(evaluated("three", "--batch_size=3"))
+    for name, flags, place in (("one", {}, lambda n: n), ("turned", {"data": turned}, lambda n: 2 - n)):
+        found = per_image(evaluated(name, "--batch_size=1", **flags))
+        assert len(found) == len(expected) == 12
+        for (label, number), scores in expected.items():
+            other = found[label, f"{place(int(number)):06d}"]
+            assert other["psnr"] == pytest.approx(scores["psnr"], abs=0.01)
+            assert other["ssim"] == pytest.approx(scores["ssim"], abs=0.001)
+
+
+def test_a_killed_evaluation_goes_on(evaluated, base_models, tmp_path, monkeypatch):
+    """Stopped where its dataset, its edits and the copies are written: the same to the byte as in one go, but for
+    times."""
+    models, flags = (base_models["finetune"], "opencv"), ["--num_inference_steps=1"]
+    whole = evaluated("whole", *flags, models=models)
+    for kept in (0, 2, 4):
+        calls = []
+
+        def stop(*arguments, calls=calls, kept=kept, write=records.put_in_place):
+            if len(calls) == kept:
+                raise KeyboardInterrupt
+            calls.append(arguments)
+            write(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(records, "put_in_place", stop)
+            with pytest.raises(KeyboardInterrupt):
+                evaluated("killed", *flags, models=models)
+        if kept:
+            assert not (tmp_path / "killed" / "metrics.json").exists()
+    evaluated("killed", *flags, models=models)
+    found = dict(differing_bytes(whole, tmp_path / "killed"))
+    # A record holds the path of the image that was edited.
+    assert {name for name, count in found.items() if count} <= {"edits.jsonl"} and len(found) > 18
+    lines = [json.loads(line) for line in (tmp_path / "killed" / "edits.jsonl").read_text().splitlines()]
+    assert len({line["output"] for line in lines}) == len(lines) == 18
+
+    # Nothing left to do: not even the model is loaded.
+    monkeypatch.setattr(editing, "load_pipeline", lambda *_, **__: pytest.fail("loaded the model for nothing"))
+    evaluated("killed", *flags, models=models)
+
+
+def test_what_was_made_otherwise_is_not_mixed_in(evaluated, dataset, base_models, tmp_path):
+    model = base_models["finetune"]
+    out = evaluated("out")
+    before = per_image(out)
+    rows = datasets.load_dataset(str(dataset), split="test")
+    other = tmp_path / "other"
+    rows.select([1, 0, 2]).to_parquet(other / "test.parquet")
+    for flags, data, message in [
+        (["--seed=1"], dataset, f"{out}/{model.name}/000000.png: was made with seed 0, now it is 1; choose another"),
+        (["--guidance_scale=3"], dataset, "was made with guidance_scale 7.0, now it is 3.0"),
+        (["--resolution=48"], dataset, f"{out}/input/000000.png: was made with pixels_sha256"),
+        ([], other, f"{out}/input/000000.png: was made with pixels_sha256"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            evaluated("out", *flags, data=data)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert per_image(evaluated("out")) == before
+    assert per_image(evaluated("out", "--seed=1", "--overwrite")) != before
+    (tmp_path / "out2" / model.name).mkdir(parents=True)
+    with pytest.raises(UserError, match="--output_dir: .* is a folder of something else; give another --output_dir"):
+        evaluated("out2")
+
+
+def test_each_autoencoder_has_its_rows_once(evaluated, base_models, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    model = base_models["finetune"]
+    alike, other = (copy_tree(model, tmp_path / "copies" / name / model.name) for name in ("alike", "other"))
+    weights = other / "vae/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.1 for name, tensor in load_file(weights).items()}, weights)
+    config = json.loads((alike / "vae/config.json").read_text())
+    (alike / "vae/config.json").write_text(json.dumps(config | {"_name_or_path": "elsewhere"}))
+    out = evaluated("out", "--max_samples=1", models=(model, alike, other, "identity"))
+    found = json.loads((out / "metrics.json").read_text())["models"]
+    last = f"other-{model.name}"
+    bounds = ["identity_through_vae", "vae_ceiling", f"identity_through_vae-{last}", f"vae_ceiling-{last}"]
+    assert list(found) == ["identity", *bounds, model.name, f"alike-{model.name}", last]
+    psnr = {label: of["all"]["psnr"]["mean"] for label, of in found.items()}
+    assert psnr[model.name] == psnr[f"alike-{model.name}"] != psnr[last]
+    assert psnr["identity_through_vae"] != psnr[f"identity_through_vae-{last}"]
+
+    evaluated("none", models=("opencv", "identity"))
+    assert "without identity_through_vae and vae_ceiling: no model has an autoencoder" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "none" / "metrics.json").read_text())["models"]) == ["identity", "opencv"]
+
+
+def test_whitebox_weights_are_a_model(evaluated, tmp_path):
+    from instruct_pix2pix.building.whitebox import whitebox_cartoonizer
+    from instruct_pix2pix.building.whitebox_weights import SHAPES
+
+    rng = np.random.default_rng(0)
+    weights = {name: rng.normal(0, 0.02, shape).astype(np.float32) for name, shape in SHAPES.items()}
+    np.savez(tmp_path / "cartoons.npz", **weights)
+    out = evaluated("out", "--resolution=50", "--max_samples=1", models=(tmp_path / "cartoons.npz",))
+    image = np.asarray(Image.open(out / "input" / "000000.png"))
+    height, width = image.shape[:2]
+    padded = np.pad(image, ((0, -height % 4), (0, -width % 4), (0, 0)), mode="reflect")
+    expected = whitebox_cartoonizer(weights)(padded[None])[0, :height, :width]
+    assert np.array_equal(np.asarray(Image.open(out / "cartoons" / "000000.png")), expected)
+
+
+def test_each_task_is_edited_as_a_sweep_recommends(evaluated, base_models, tmp_path):
+    model = copy_tree(base_models["finetune"], tmp_path / "swept")
+    with pytest.raises(UserError, match="--recommended_settings: .*swept has none; find them with evaluation/sweep.py"):
+        evaluated("none", "--recommended_settings", models=(model,))
+    usual = {"steps": 1, "image_guidance_scale": 1.0, "guidance_scale": 1.0, "scheduler": None}
+    best = {"all": usual, "tasks": {"dark": {**usual, "steps": 3, "scheduler": "ddim", "instructions": ["x"]}}}
+    (model / "recommended_settings.json").write_text(json.dumps(best))
+    out = evaluated("out", "--recommended_settings", models=(model,))
+    lines = [json.loads(line) for line in (out / "edits.jsonl").read_text().splitlines()]
+    made = {line["output"]: (line["steps"], line["scheduler"]) for line in lines if "steps" in line}
+    assert made == {"swept/000000.png": (3, "ddim"), "swept/000001.png": (3, "ddim"), "swept/000002.png": (1, None)}
+
+
+def test_an_output_that_is_no_picture_stops_the_evaluation(evaluated, monkeypatch):
+    reason = "the model's output is not a number"
+    monkeypatch.setattr(editing, "edit_batch", lambda pipeline, texts, *_, **__: [reason] * len(texts))
+    with pytest.raises(UserError, match=f"--model: .*000000.png: {reason}; evaluate without it"):
+        evaluated("out")
+
+
+def test_a_side_that_the_model_cannot_take_is_padded_and_measured_whole(evaluated):
+    out = evaluated("out", "--resolution=61", "--max_samples=1")
+    sizes = {Image.open(out / folder / "000000.png").size for folder in ("input", "target", "vae_ceiling")}
+    assert len(sizes) == 1 and min(sizes.pop()) == 61
+    out = evaluated("native", "--resolution=0", "--max_samples=1")
+    assert min(Image.open(out / "vae_ceiling" / "000000.png").size) == 72
+
+
+def test_intervals_are_those_of_the_mean():
+    values = np.random.default_rng(0).normal(20, 3, 400)
+    found = summary.interval(values)
+    half = 1.96 * values.std() / 20
+    assert found["mean"] == pytest.approx(values.mean(), abs=1e-6)
+    assert found["low"] == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert found["high"] == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert summary.interval(values) == found
+    assert summary.interval(values[:1])["low"] is None
+    assert set(summary.interval(np.full(9, 7.0)).values()) == {7.0}
+
+
+def test_the_table_fits_the_terminal_and_shows_each_task():
+    rows = [
+        {"name": str(n), "task": f"task {n % 4}", "model": label, "instruction": "x"}
+        | {name: 100.0 + n for name in metrics.METRICS}
+        for label in ("identity", "a" * 60, "second")
+        for n in range(8)
+    ]
+    rows[0].pop("dino")
+    found = summary.summarize(rows, ["a" * 60, "second"])
+    assert found["models"]["identity"]["all"]["dino"]["mean"] == 104.0
+    lines = summary.table(found)
+    assert max(map(len, lines)) <= 120
+    shown = "\n".join(lines)
+    for title in ["all, 8 images", "task 3, 2 images", *(metric.label for metric in metrics.METRICS.values())]:
+        assert title in shown
+    assert sum(line.startswith("task 1, ") for line in lines) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,6 +394,9 @@ def test_a_side_that_the_model_cannot_take_is_padded_and_measured_whole(dataset,
         (["--model=/no/such"], "--model: /no/such is no folder here"),
         (["--split=held_out"], "has no split named held_out, only train, test"),
         (["--batch_size=0"], "--batch_size: 0 is too small"),
+        (["--set=SIDD"], "--protocol: missing; --set names one of its sets"),
+        (["--protocol=restormer", "--set=SIDD", "--resolution=64"], "--resolution: 64 is given beside --protocol"),
+        (["--protocol=restormer"], "--set: missing; restormer has"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, dataset, base_models):
@@ -236,9 +440,17 @@ def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path
         ["bash", ROOT / "recipes/quickstart.sh"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "quickstart" / "metrics.json").read_text())
-    assert found["psnr_model_db"] > max(found["psnr_identity_through_vae_db"], found["psnr_identity_db"]) + 0.4
-    assert found["ssim_model"] > found["ssim_identity"] and found["train_seconds"] > 0
-    assert found["steps"] == 250 and found["images"] == 24
-    assert Image.open(tmp_path / "quickstart" / "comparison.png").width > 1000
+    found = json.loads((tmp_path / "quickstart" / "evaluation" / "metrics.json").read_text())
+    psnr, ssim = (
+        {label: of["all"][name]["mean"] for label, of in found["models"].items()} for name in ("psnr", "ssim")
+    )
+    assert psnr["pipeline"] > max(psnr["identity_through_vae"], psnr["identity"]) + 0.4
+    assert ssim["pipeline"] > ssim["identity"]
+    [gain] = (d for d in found["differences"] if d["task"] == "all" and d["metric"] == "psnr")
+    assert gain["low"] > 0  # of its interval
+    trained = found["models"]["pipeline"]["training"]
+    assert trained["steps"] == 250 and trained["train_seconds"] > 0
+    assert found["models"]["pipeline"]["all"]["images"] == 24
+    assert Image.open(tmp_path / "quickstart" / "evaluation" / "comparison.png").width > 1000
+    assert (tmp_path / "quickstart" / "evaluation" / "report.html").is_file()
     assert (tmp_path / "quickstart" / "pipeline" / "model_index.json").exists()

@@ -58,12 +58,17 @@ def main(argv: list[str] | None = None) -> None:
     from instruct_pix2pix.models.tiny import save_pipeline
 
     instruct = {"updates": instruct["steps"], "seconds": round(instruct["train_seconds"])}
-    kinds, edits = ("identity", "identity_through_vae", "vae_ceiling", "model"), {}
-    for task, scores in unguided["tasks"].items():
-        edits[task] = {kind: round(scores[f"psnr_{kind}_db"], 2) for kind in kinds}
-        edits[task]["guided"] = round(guided["tasks"][task]["psnr_model_db"], 2)
+
+    def psnr(metrics: dict, row: str, task: str) -> float:
+        return round(metrics["models"][row]["tasks"][task]["psnr"]["mean"], 2)
+
+    rows = {kind: kind for kind in ("identity", "identity_through_vae", "vae_ceiling")} | {"model": INSTRUCT}
+    edits, measured = {}, unguided["models"]["identity"]
+    for task in measured["tasks"]:
+        edits[task] = {column: psnr(unguided, row, task) for column, row in rows.items()}
+        edits[task]["guided"] = psnr(guided, INSTRUCT, task)
     figures = {BASE: STAGES + table({"vae": vae, "base": base, "instruct": instruct}, "stage")}
-    figures[INSTRUCT] = figures[BASE] + EDITS.format(images=unguided["images"]) + table(edits, "edit")
+    figures[INSTRUCT] = figures[BASE] + EDITS.format(images=measured["all"]["images"]) + table(edits, "edit")
     for name in (BASE, INSTRUCT):
         pipeline = DiffusionPipeline.from_pretrained(args.work_dir / name, local_files_only=True)
         # The text encoder stays float32: transformers loads a model in the precision of its file, diffusers in float32,

@@ -14,6 +14,7 @@ from instruct_pix2pix.data.geometry import fit_photo, whitebox_size
 from instruct_pix2pix.files import as_code, as_text, fingerprint, for_others
 
 IMAGENETTE = "frgfm/imagenette"
+WHITEBOX = "sayakpaul/whitebox-cartoonizer"
 THREADS = 8  # decoding and encoding images release the interpreter's lock
 # The network needs about 600 bytes a pixel in float32; on a CPU more than fits its caches is slower.
 BATCH_PIXELS = {"cpu": 300_000, "cuda": 8_400_000}
@@ -91,8 +92,9 @@ def choose_photos(args) -> Photos:
     return photos._replace(names=names, splits=[""] * len(names))
 
 
-def make_cartoonizer(args):
-    """Returns the function from photos to cartoons, the most pixels it takes at a time, and its settings."""
+def make_cartoonizer(args, flag: str = "--cartoonizer_weights"):
+    """Returns the function from photos to cartoons, the most pixels it takes at a time, and its settings. `flag` gave
+    the weights."""
     if args.cartoonizer == "opencv":
         from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
 
@@ -102,7 +104,7 @@ def make_cartoonizer(args):
     from instruct_pix2pix.building.whitebox import whitebox_cartoonizer
     from instruct_pix2pix.building.whitebox_weights import read_weights
 
-    weights = read_weights(args.cartoonizer_weights)
+    weights = read_weights(args.cartoonizer_weights, flag)
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -83,6 +83,22 @@ def align_original(original: Image.Image, edited_size: tuple[int, int], geometry
     return original
 
 
+def _with_short_side(size: tuple[int, int], resolution: int) -> tuple[int, int]:
+    width, height = (max(resolution, round(side * resolution / min(size))) for side in size)
+    return width, height
+
+
+def scale_pair(original: Image.Image, edited: Image.Image, resolution: int) -> tuple[Image.Image, Image.Image]:
+    """Two aligned images, whole, with a short side above `resolution` scaled down to it as resize_crop does before it
+    crops; 0 leaves every size."""
+    from PIL import Image
+
+    if resolution == 0 or min(edited.size) <= resolution:
+        return original, edited
+    size = _with_short_side(edited.size, resolution)
+    return original.resize(size, Image.Resampling.BICUBIC), edited.resize(size, Image.Resampling.BICUBIC)
+
+
 def crop_pair(
     original: Image.Image,
     edited: Image.Image,
@@ -109,10 +125,7 @@ def crop_pair(
     if geometry == "squash":
         size = (resolution, resolution)
     elif geometry == "resize_crop" or short < resolution:
-        size = (
-            max(resolution, round(width * resolution / short)),
-            max(resolution, round(height * resolution / short)),
-        )
+        size = _with_short_side(edited.size, resolution)
     else:
         size = (width, height)
     if center_crop:

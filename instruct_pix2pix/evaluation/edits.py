@@ -1,0 +1,323 @@
+"""An evaluation's images as PNG files in ImagenHub's layout: OUTPUT_DIR/{input,target,<row of the table>}/<name>.png.
+
+OUTPUT_DIR/edits.jsonl says how each was made (see records.py): a killed evaluation goes on, and images that were made
+otherwise stop it. Images are opened when they are needed, however many there are. Nothing heavy is imported at the top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from instruct_pix2pix import editing
+from instruct_pix2pix.building.cartoonization import WHITEBOX, make_cartoonizer
+from instruct_pix2pix.cli import RowError, UserError
+from instruct_pix2pix.data.geometry import scale_pair
+from instruct_pix2pix.data.sources import source_of
+from instruct_pix2pix.edit_folder import Edit, edit_all, make_batches
+from instruct_pix2pix.evaluation.settings import Setting
+from instruct_pix2pix.images import encode_image, read_image
+from instruct_pix2pix.records import is_finished, keep, model_fingerprint, own_record, read_records
+
+if TYPE_CHECKING:
+    from instruct_pix2pix.data.triples import Triples
+
+# The rows that are no model: the input as it is, the input and the target after the autoencoder's round trip.
+KINDS = IDENTITY, THROUGH_VAE, CEILING = "identity", "identity_through_vae", "vae_ceiling"
+FILES_AT_A_TIME = 32  # of the dataset, written together
+WEIGHTS = (".npz", ".safetensors", ".tflite")  # of White-box CartoonGAN
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of the dataset, which lies as <name>.png in input/ and target/."""
+
+    name: str
+    task: str
+    instruction: str
+    size: tuple[int, int]  # width, height
+    input_sha256: str  # of the pixels, as are the files' records
+    target_sha256: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """What --model named: `label` is its row and folder; `cartoonize` and the pixels it takes at most are a
+    cartoonizer's, and None is a pipeline's or identity's."""
+
+    label: str
+    name: str
+    fingerprint: str
+    cartoonize: Callable | None = None
+    max_pixels: float = math.inf
+
+    @property
+    def is_pipeline(self) -> bool:
+        return self.cartoonize is None and self.label != IDENTITY
+
+
+# Models.
+
+
+def is_cartoonizer(name: str) -> bool:
+    return name in ("opencv", "whitebox") or name.endswith(WEIGHTS) or (Path(name) / "saved_model.pb").is_file()
+
+
+def find_models(names: list[str]) -> list[Model]:
+    """The models that --model names, each with a label of its own. Raises UserError for what is none, before any
+    pipeline loads."""
+    for name in names:
+        if name != IDENTITY and not is_cartoonizer(name):
+            editing.check_model(name, "--model")
+    found, taken = [], {"input", "target", *KINDS}
+    for name in names:
+        if name == IDENTITY:
+            found.append(Model(IDENTITY, name, ""))
+            continue
+        path = Path(name).expanduser()
+        path = path.resolve() if path.exists() else path
+        label = path.stem if path.is_file() else path.name
+        if label.casefold() in taken:
+            label = f"{path.parent.name}-{label}"
+        while label.casefold() in taken:
+            label += "-again"
+        taken.add(label.casefold())
+        if not is_cartoonizer(name):
+            found.append(Model(label, name, model_fingerprint(name)))
+            continue
+        kind, weights = ("opencv", None) if name == "opencv" else ("whitebox", WHITEBOX if name == "whitebox" else name)
+        flags = argparse.Namespace(
+            cartoonizer=kind, cartoonizer_weights=weights, batch_size=1, device="auto", dtype="auto"
+        )
+        cartoonize, max_pixels, settings = make_cartoonizer(flags, "--model")
+        fingerprint = " ".join(str(settings[key]) for key in ("cartoonizer", "weights", "dtype") if key in settings)
+        found.append(Model(label, name, fingerprint, cartoonize, max_pixels))
+    return found
+
+
+def sampling(args, model: Model, tasks: Iterable[str]) -> dict[str, Setting]:
+    """How a model edits each task's images: by the flags, or with --recommended_settings as a sweep of it found best.
+    Raises UserError where nothing is recommended."""
+    if not args.recommended_settings:
+        common = Setting(args.num_inference_steps, args.image_guidance_scale, args.guidance_scale, args.scheduler)
+        return dict.fromkeys(tasks, common)
+    found = editing.recommended_settings(model.name)
+    if found is None:
+        raise UserError(f"--recommended_settings: {model.name} has none; find them with evaluation/sweep.py")
+    best = {task: found["tasks"].get(task, found["all"]) for task in tasks}
+    return {task: Setting(*(entry[field] for field in Setting._fields)) for task, entry in best.items()}
+
+
+# The dataset.
+
+
+def read_rows(triples: Triples, args, protocol) -> Iterator[dict]:
+    """{"name", "task", "instruction", "input", "target"} of each row, the images (H, W, 3) uint8, by and by.
+
+    The pixels are training's, whole. Which of several wordings edits an image depends on its pixels, not on its place.
+    Rows that cannot be used are noted in `triples`, or raise RowError, as --on_bad_row says. Raises UserError.
+    """
+    import numpy as np
+
+    from instruct_pix2pix.data.triples import load_triples, open_pair
+
+    wordings = defaultdict(set)
+    if args.wordings_from:
+        others = load_triples(replace(source_of(args, "--dataset"), split=args.wordings_from))
+        for index, task in zip(others.indices.tolist(), others.tasks(), strict=True):
+            if index not in others.bad:
+                wordings[task].update(others.instructions(index))
+    for index, task in zip(triples.indices.tolist(), triples.tasks(), strict=True):
+        try:
+            choice, *pair = open_pair(triples, index)
+        except RowError as error:
+            if args.on_bad_row == "error":
+                raise
+            triples.leave_out([(error.row, error.reason)])
+            continue
+        if args.wordings_from:
+            choice = sorted(wordings[task])
+            if not choice:
+                raise UserError(f"--wordings_from: {args.wordings_from} has no instruction for the task {task}")
+        pair = map(np.asarray, scale_pair(*pair, args.resolution))
+        original, target = (np.clip(np.rint(side), 0, 255).astype(np.uint8) for side in protocol.prepare(*pair))
+        instruction = choice[int(_sha256(original), 16) % len(choice)]
+        yield {"name": f"{index:06d}", "task": task, "instruction": instruction, "input": original, "target": target}
+
+
+def _sha256(pixels) -> str:
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+def keep_dataset(triples: Triples, args, protocol) -> list[Sample]:
+    """Write what `read_rows` gives to input/ and target/, if it is not there. Raises UserError where other pixels are
+    there, or no row can be used."""
+    from PIL import Image
+    from tqdm import tqdm
+
+    output_dir, records = Path(args.output_dir), read_records(Path(args.output_dir))
+    samples, files = [], []
+    rows = tqdm(read_rows(triples, args, protocol), "Reading", len(triples), unit="row", delay=2, leave=False)
+    for row in rows:
+        hashes = {side: _sha256(row[side]) for side in ("input", "target")}
+        for side, sha256 in hashes.items():
+            record = {"output": f"{side}/{row['name']}.png", "pixels_sha256": sha256}
+            if not is_finished(output_dir, record["output"], {"pixels_sha256": sha256}, records, args.overwrite):
+                files.append((record, encode_image(Image.fromarray(row[side]), ".png", fast=True)))
+        size = row["input"].shape[1], row["input"].shape[0]
+        samples.append(Sample(row["name"], row["task"], row["instruction"], size, *hashes.values()))
+        if len(files) >= FILES_AT_A_TIME:
+            keep(output_dir, files)
+            files = []
+    if files:
+        keep(output_dir, files)
+    if not samples:
+        raise UserError(f"{triples.source}: none of {len(triples)} rows can be used; row {min(triples.bad.items())}")
+    return samples
+
+
+# The rows of the table.
+
+# How each image is made, and the (width, height) of those that are missing.
+Row = tuple[dict[Edit, dict], dict[Edit, tuple[int, int]]]
+
+
+def look_at(label: str, samples: list[Sample], args, how: Callable[[Sample], dict], side: str = "input") -> Row:
+    """A row whose images are made of `side` as `how` says. Raises UserError where one was made otherwise."""
+    output_dir, records = Path(args.output_dir), read_records(Path(args.output_dir))
+    settings, missing = {}, {}
+    if (output_dir / label).exists() and not any(output.startswith(f"{label}/") for output in records):
+        raise UserError(f"--output_dir: {output_dir / label} is a folder of something else; give another --output_dir")
+    for sample in samples:
+        edit = Edit(output_dir / side / f"{sample.name}.png", sample.instruction, f"{label}/{sample.name}.png")
+        settings[edit] = {"input_sha256": getattr(sample, f"{side}_sha256")} | how(sample)
+        if not is_finished(output_dir, edit.output, settings[edit], records, args.overwrite):
+            missing[edit] = sample.size
+    if 0 < len(missing) < len(samples):
+        print(f"{label}: {len(samples) - len(missing)} of {len(samples)} images are there already")
+    return settings, missing
+
+
+def make_rows(models: list[Model], samples: list[Sample], args) -> list[str]:
+    """Make the images that are missing. Returns the rows: identity, each autoencoder's two, the models.
+
+    What an earlier run made otherwise is said before weights load. Raises UserError, also where a model's output is
+    not finite.
+    """
+    rows = {}
+    for model in models:
+        how = {"model": model.fingerprint}
+        if model.is_pipeline:
+            how |= {"seed": args.seed, "resolution": 0}
+            by_task = sampling(args, model, dict.fromkeys(sample.task for sample in samples))
+
+            def settings(sample, how=how, by_task=by_task):
+                return how | by_task[sample.task]._asdict() | {"instruction": sample.instruction}
+
+            rows[model] = look_at(model.label, samples, args, settings)
+        elif model.cartoonize:
+            rows[model] = look_at(model.label, samples, args, lambda _, how=how: how)
+    autoencoders: dict[str, list[str]] = {}  # hash of the weights -> the labels of its rows
+    for model, row in rows.items():
+        if model.is_pipeline:
+            edit_by_pipeline(model, row, samples, args, autoencoders)
+        else:
+            make_images(model.label, model.cartoonize, row, 1 if model.name == "opencv" else 4, model.max_pixels, args)
+    labels = [IDENTITY, *(label for pair in autoencoders.values() for label in pair)]
+    return list(dict.fromkeys(labels + [model.label for model in models]))
+
+
+def edit_by_pipeline(model: Model, row: Row, samples: list[Sample], args, autoencoders: dict[str, list[str]]) -> None:
+    """Make what is missing of a pipeline's row and, if no model before it had its autoencoder, of this one's two. The
+    pipeline loads only if something is missing."""
+    output_dir, pipeline, (settings, missing) = Path(args.output_dir), None, row
+    if missing:
+        pipeline = editing.load_pipeline(model.name, "--model", safety_checker=None)
+        vae = weights_sha256(pipeline.vae)
+        for how in settings.values():
+            how |= {"vae": vae, "dtype": str(pipeline.unet.dtype).removeprefix("torch.")}
+        flags = {"model_id": model.name, "steps": args.num_inference_steps, "format": "png", "compile": False}
+        flags = argparse.Namespace(**vars(args) | flags | {"resolution": 0})
+        _, left_out = edit_all(pipeline, flags, settings, missing, timed=True)
+        if left_out:
+            raise UserError(
+                f"--model: {model.name}: {next(iter(left_out.values()))}; evaluate without it, or seed anew"
+            )
+    else:
+        vae = own_record(output_dir, next(iter(settings)).output, read_records(output_dir))["vae"]
+    if vae in autoencoders:
+        return
+    autoencoders[vae] = [kind + (f"-{model.label}" if autoencoders else "") for kind in (THROUGH_VAE, CEILING)]
+    for label, side in zip(autoencoders[vae], ("input", "target"), strict=True):
+        copies = look_at(label, samples, args, lambda _: {"model": vae}, side)
+        if copies[1]:
+            pipeline = pipeline or editing.load_pipeline(model.name, "--model", safety_checker=None)
+            multiple = editing.size_multiple(pipeline)
+            make_images(label, partial(through_vae, pipeline), copies, multiple, math.inf, args)
+
+
+def weights_sha256(module) -> str:
+    """A hash of a network's weights in half precision, in which a GPU's and a CPU's are alike."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def through_vae(pipeline, images):
+    """(B, H, W, 3) uint8, sides multiples of the autoencoder's factor -> the same, encoded and decoded."""
+    import torch
+
+    from instruct_pix2pix.data.triples import to_unit_range
+
+    with torch.no_grad():
+        pixels = to_unit_range(torch.from_numpy(images).permute(0, 3, 1, 2)).to(pipeline.device, pipeline.vae.dtype)
+        decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample.float()
+        return ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def make_images(label: str, function: Callable, row: Row, multiple: int, max_pixels: float, args) -> None:
+    """Make what is missing of a row with a function from (B, H, W, 3) uint8 to the same, whose sides are padded to the
+    multiple: of one size at a time, at most --batch_size and `max_pixels` together, but at least one."""
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    settings, missing = row
+    bar = tqdm(total=len(missing), desc=label, unit="image", delay=2, leave=False)
+    for group in make_batches(missing, multiple, len(missing)):  # of one size once padded
+        size = int(max(1, min(args.batch_size, max_pixels // math.prod(missing[group[0]]))))
+        for batch in (group[start : start + size] for start in range(0, len(group), size)):
+            images = [read_image(edit.image) for edit in batch]
+            began = time.perf_counter()
+            made = function(np.stack([np.asarray(editing.fit_image(image, 0, multiple)) for image in images]))
+            seconds = {"seconds": round((time.perf_counter() - began) / len(batch), 4)}
+            files = []
+            for edit, image, pixels in zip(batch, images, made, strict=True):
+                content = encode_image(editing.restore_image(Image.fromarray(pixels), image.size, 0), ".png", fast=True)
+                files.append(({"output": edit.output} | settings[edit] | seconds, content))
+            keep(Path(args.output_dir), files)
+            bar.update(len(batch))
+    bar.close()
+
+
+def how_made(output_dir: Path, labels: list[str], samples: list[Sample]) -> tuple[dict[str, float], dict[str, str]]:
+    """Of the images as they lie there: seconds for one, by label (the median: the first of a run take longer), and the
+    devices and precisions."""
+    records = read_records(output_dir)
+    found = {label: [records[f"{label}/{sample.name}.png"][-1] for sample in samples] for label in labels}
+    seconds = {label: round(median(record["seconds"] for record in rows), 3) for label, rows in found.items()}
+    kinds = {
+        key: ", ".join(sorted({record[key] for rows in found.values() for record in rows if key in record}))
+        for key in ("device", "dtype")
+    }
+    return seconds, kinds
