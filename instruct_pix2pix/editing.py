@@ -126,6 +126,8 @@ def check_model(model_id: str, flag: str = "--model_id") -> None:
     folder = Path(model_id).expanduser()
     if trained.is_checkpoint(folder):
         return trained.check_base(folder, flag)
+    if folder.is_file():
+        raise UserError(f"{flag}: {model_id} is a file; make a pipeline of it with tools/export_single_file.py")
     if folder.exists():
         if not (folder / "model_index.json").is_file():
             raise UserError(f"{flag}: {model_id} has no model_index.json; give a folder as save_pretrained writes it")

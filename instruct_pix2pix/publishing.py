@@ -160,10 +160,32 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
         summary = run if run["steps"] == state["step"] else summary
     prompt = config.validation_prompt
     instruction = prompt if isinstance(prompt, str) else state.get("instruction", "...")
+    with _new_folder(output_dir) as new:
+        _write_export(new, config, flags, unet, summary, output_dir.name, instruction)
+
+
+def unpack_single_file(file: str | os.PathLike, base_config: str | None, output_dir: Path) -> None:
+    """Write an InstructPix2Pix model in one file as a pipeline, in float32, into a new folder that is there whole or
+    not at all. Configurations and tokenizer are those of `base_config`, see `base_files.source_of`. Raises UserError."""
+    config = base_files.configuration(str(file), base_config)
+    configs = sd.read_base_configs(config)
+    sd.check_channels(configs, 8, str(file))
+    sd.load_tokenizer(config)  # from the Hub it is fetched by being loaded
+    check_folder("output", output_dir, 4 * sum(sd.count_parameters(configs).values()), "the pipeline")
+    unet = sd.load_model(config, "unet")
+    with _new_folder(output_dir) as new:
+        _write_pipeline(new, config, unet)
+        for path in (new, *new.rglob("*")):
+            flush(path)
+
+
+@contextlib.contextmanager
+def _new_folder(output_dir: Path):
+    """Gives a folder beside `output_dir` to write into, which takes its place when the block ends well."""
     new = output_dir.with_name(f".{output_dir.name}.partial")
     try:
         output_dir.parent.mkdir(parents=True, exist_ok=True)
-        _write_export(new, config, flags, unet, summary, output_dir.name, instruction)
+        yield new
         os.replace(new, output_dir)
         flush(output_dir.parent)
     except (OSError, SafetensorError) as error:

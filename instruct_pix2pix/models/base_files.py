@@ -11,6 +11,7 @@ import re
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
@@ -31,6 +32,12 @@ SINGLE_FILE_PARTS = {
     "autoencoder": ("first_stage_model.", "vae."),
     "text encoder": "cond_stage_model.",
 }
+
+
+def configuration(name: str, base_config: str | None = None) -> SimpleNamespace:
+    """Flags that name a base model, and what a single file goes by, and nothing else."""
+    left_out = dict.fromkeys(("revision", "non_ema_revision", "variant", "cache_dir", "hub_token"))
+    return SimpleNamespace(pretrained_model_name_or_path=name, base_config=base_config, **left_out)
 
 
 def source_flag(config) -> str:
