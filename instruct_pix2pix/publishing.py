@@ -166,7 +166,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
 
 def unpack_single_file(file: str | os.PathLike, base_config: str | None, output_dir: Path) -> None:
     """Write an InstructPix2Pix model in one file as a pipeline, in float32, into a new folder that is there whole or
-    not at all. Configurations and tokenizer are those of `base_config`, see `base_files.source_of`. Raises UserError."""
+    not at all. Configurations and tokenizer are those of `base_config`, see `base_files.source_of`. UserError where
+    that cannot be."""
     config = base_files.configuration(str(file), base_config)
     configs = sd.read_base_configs(config)
     sd.check_channels(configs, 8, str(file))

@@ -35,6 +35,20 @@ def base_models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def plain_bases(base_models, tmp_path_factory) -> dict[str, Path]:
+    """Bases whose UNet has no embedding of the text beside attention, which the original code does not know."""
+    from diffusers import UNet2DConditionModel
+
+    bases = {}
+    for script, base in base_models.items():
+        bases[script] = copy_tree(base, tmp_path_factory.mktemp("plain") / base.name)
+        config = UNet2DConditionModel.load_config(bases[script], subfolder="unet")
+        torch.manual_seed(0)
+        UNet2DConditionModel.from_config(config | {"addition_embed_type": None}).save_pretrained(bases[script] / "unet")
+    return bases
+
+
+@pytest.fixture(scope="session")
 def photos() -> list[Image.Image]:
     """Ten real photographs of different shapes, short side 72."""
     images = []

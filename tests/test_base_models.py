@@ -160,18 +160,6 @@ def in_one_file(pipeline_folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def plain_bases(base_models, tmp_path_factory) -> dict[str, Path]:
-    """Bases whose UNet has no embedding of the text beside attention, which the original code does not know."""
-    bases = {}
-    for script, base in base_models.items():
-        bases[script] = copy_tree(base, tmp_path_factory.mktemp("plain") / base.name)
-        config = UNet2DConditionModel.load_config(bases[script], subfolder="unet")
-        torch.manual_seed(0)
-        UNet2DConditionModel.from_config(config | {"addition_embed_type": None}).save_pretrained(bases[script] / "unet")
-    return bases
-
-
 @pytest.mark.parametrize(("script", "ending"), [("train", ".safetensors"), ("finetune", ".ckpt")])
 def test_training_from_one_file_is_training_from_its_pipeline(
     script, ending, plain_bases, small_run, tmp_path, monkeypatch
