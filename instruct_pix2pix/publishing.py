@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_d
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
@@ -35,7 +36,7 @@ from instruct_pix2pix.files import (
     write_json,
     write_text,
 )
-from instruct_pix2pix.models import base_files, sd, trained
+from instruct_pix2pix.models import base_files, sd, single_file, trained
 
 logger = logging.getLogger(__name__)
 
@@ -160,39 +161,58 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
         summary = run if run["steps"] == state["step"] else summary
     prompt = config.validation_prompt
     instruction = prompt if isinstance(prompt, str) else state.get("instruction", "...")
-    with _new_folder(output_dir) as new:
+    with _made_whole(output_dir) as new:
         _write_export(new, config, flags, unet, summary, output_dir.name, instruction)
 
 
-def unpack_single_file(file: str | os.PathLike, base_config: str | None, output_dir: Path) -> None:
-    """Write an InstructPix2Pix model in one file as a pipeline, in float32, into a new folder that is there whole or
-    not at all. Configurations and tokenizer are those of `base_config`, see `base_files.source_of`. UserError where
-    that cannot be."""
-    config = base_files.configuration(str(file), base_config)
+def export_single_file(model: str, file: Path, half: bool) -> list[str]:
+    """Write the weights of a model that passed `editing.check_model` as one safetensors file, in float32 or float16.
+    Returns what keeps a UI from opening it (`single_file.differences`). UserError where it cannot be written."""
+    folder = Path(model).expanduser()
+    checkpoint = trained.is_checkpoint(folder)
+    config = trained.configuration(folder) if checkpoint else base_files.configuration(model)
     configs = sd.read_base_configs(config)
-    sd.check_channels(configs, 8, str(file))
+    check_folder("output", file.parent, (2 if half else 4) * sum(sd.count_parameters(configs).values()), "the file")
+    models = {part: sd.load_model(config, part) for part in ("vae", "text_encoder")}
+    models["unet"] = trained.load_unet(folder) if checkpoint else sd.load_model(config, "unet")
+    configs |= {part: models[part].config for part in ("unet", "vae")}
+    tensors = single_file.original_layout({part: models[part].state_dict() for part in models}, configs)
+    for name in tensors if half else ():
+        tensors[name] = tensors[name].half()
+        if not tensors[name].isfinite().all():
+            raise UserError(f"--half: {name} holds numbers that float16 cannot; leave --half out")
+    with _made_whole(file) as new:
+        save_file(tensors, new, {"format": "pt"})
+    return single_file.differences(configs)
+
+
+def unpack_single_file(file: str, base_config: str | None, output_dir: Path) -> None:
+    """Write an InstructPix2Pix model in one file as a pipeline, in float32, into a new folder. Configurations and
+    tokenizer are those of `base_config`, see `base_files.source_of`. UserError where that cannot be."""
+    config = base_files.configuration(file, base_config)
+    configs = sd.read_base_configs(config)
+    sd.check_channels(configs, 8, file)
     sd.load_tokenizer(config)  # from the Hub it is fetched by being loaded
     check_folder("output", output_dir, 4 * sum(sd.count_parameters(configs).values()), "the pipeline")
-    unet = sd.load_model(config, "unet")
-    with _new_folder(output_dir) as new:
-        _write_pipeline(new, config, unet)
-        for path in (new, *new.rglob("*")):
-            flush(path)
+    with _made_whole(output_dir) as new:
+        _write_pipeline(new, config, sd.load_model(config, "unet"))
 
 
 @contextlib.contextmanager
-def _new_folder(output_dir: Path):
-    """Gives a folder beside `output_dir` to write into, which takes its place when the block ends well."""
-    new = output_dir.with_name(f".{output_dir.name}.partial")
+def _made_whole(output: Path):
+    """Gives a path beside `output`, for a file or folder that takes its place when the block ends well."""
+    new = output.with_name(f".{output.name}.partial")
     try:
-        output_dir.parent.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        os.replace(new, output_dir)
-        flush(output_dir.parent)
+        for path in (new, *new.rglob("*")):
+            flush(path)
+        os.replace(new, output)
+        flush(output.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--output_dir: {output_dir} cannot be written ({error}); make room or name another") from error
+        raise UserError(f"--output_dir: {output} cannot be written ({error}); make room or name another") from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        new.unlink(missing_ok=True) if new.is_file() else shutil.rmtree(new, ignore_errors=True)
 
 
 def _write_export(folder: Path, config, flags: dict, unet, summary: dict, name: str | None, instruction: str) -> None:

@@ -194,15 +194,15 @@ def test_what_cannot_be_converted_is_said_in_a_line(base, file, base_models, pla
         assert sorted(tmp_path.rglob("*")) == before
 
     new, folder = tmp_path / "new.safetensors", tmp_path / "new"
-    refuse("^model: the original layout has no place for add_embedding.*of the unet", base_models["finetune"], new)
+    refuse("^model: the original layout, .* has no place for its unet's add_embedding", base_models["finetune"], new)
     refuse("^model: .* UNet of 4 input channels, and editing takes 8", plain_bases["train"], new)
     refuse("^model: .*nowhere is no folder here, and", tmp_path / "nowhere", new)
-    refuse("^output: .*new, and of .* is made a file that ends in .safetensors", base, folder)
-    refuse("^output: .*new.safetensors, and of .* is made a folder", file, new)
-    refuse("^--half: not for this direction", file, folder, "--half")
-    refuse("^--base_config: not for this direction", base, new, "--base_config", base)
+    refuse("^output: .*new is none; name a new .safetensors file", base, folder)
+    refuse("^output: .*new.safetensors is none; name a new folder", file, new)
+    refuse("^--half: has no meaning for a folder", file, folder, "--half")
+    refuse("^--base_config: has no meaning for a .safetensors file", base, new, "--base_config", base)
     refuse("^--base_config: missing, and .* of timbrooks/instruct-pix2pix, .* cannot be had", file, folder)
-    refuse("^output: .* exists; name a new file", base, file)
+    refuse("^output: .* exists; name a new .safetensors file", base, file)
     refuse("^output: .* exists; name a new folder", file, base)
     plain = tmp_path / "plain.safetensors"
     save_file(in_one_file(plain_bases["train"]), plain)
@@ -215,7 +215,7 @@ def test_what_cannot_be_converted_is_said_in_a_line(base, file, base_models, pla
 
 def test_no_room_is_said_before_weights_load(base, tmp_path, monkeypatch):
     monkeypatch.setattr("instruct_pix2pix.files.free_space", lambda path: 1000)
-    monkeypatch.setattr(single_file.sd, "load_unet", None)
+    monkeypatch.setattr("instruct_pix2pix.models.sd.load_model", None)
     with pytest.raises(UserError, match="output: .* has too little room: the file takes .* MB"):
         convert(base, tmp_path / "new.safetensors")
 
