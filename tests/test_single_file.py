@@ -109,6 +109,24 @@ def test_a_file_that_was_written_by_others_becomes_a_folder(base, tmp_path):
     assert pipeline_files(tmp_path / "back") == pipeline_files(base)
 
 
+def test_a_pipeline_as_older_libraries_saved_it_gives_the_same_file(base, file, tmp_path):
+    """Stable Diffusion v1.5's own: other names in the VAE's attention, and CLIP's position ids among the weights."""
+    old = copy_tree(base, tmp_path / "old")
+    vae, text = old / "vae/diffusion_pytorch_model.safetensors", old / "text_encoder/model.safetensors"
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    tensors = {}
+    for name, tensor in load_file(vae).items():
+        for new, before in names.items():
+            name = name.replace(f"attentions.0.{new}", f"attentions.0.{before}")
+        tensors[name] = tensor
+    assert "encoder.mid_block.attentions.0.proj_attn.bias" in tensors
+    save_file(tensors, vae, {"format": "pt"})
+    ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    save_file(load_file(text) | ids, text, {"format": "pt"})
+    convert(old, tmp_path / "new.safetensors")
+    assert (tmp_path / "new.safetensors").read_bytes() == file.read_bytes()
+
+
 def test_at_stable_diffusions_shapes_every_bit_comes_back():
     """1.07 billion random numbers, as windows of one buffer, through our names and diffusers' converters."""
     with torch.device("meta"):
