@@ -26,13 +26,13 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.cli import Parser, UserError, run, whole_number
 from instruct_pix2pix.data.sources import add_source_flags, source_of
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, scheduler_name
-from instruct_pix2pix.files import check_folder, write_bytes, write_json, write_json_lines, write_text
+from instruct_pix2pix.files import check_folder, for_others, write_bytes, write_json, write_json_lines, write_text
 
 REPORT_BYTES = 10_000_000  # at most, of comparison.png above all; the images come to this
-# What metrics.json says about how the edits were made, besides the models.
+# What metrics.json and the page say about how the edits were made, besides the models; of paths their last part.
 SETTINGS = (
-    "dataset split wordings_from protocol set resolution num_inference_steps image_guidance_scale guidance_scale"
-    " scheduler recommended_settings seed"
+    "dataset original_dir edited_dir split wordings_from protocol set resolution num_inference_steps"
+    " image_guidance_scale guidance_scale scheduler recommended_settings seed"
 ).split()
 LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "scikit-image", "scipy")
 
@@ -122,49 +122,44 @@ def main(argv: list[str] | None = None) -> None:
 
     protocol = protocols.find(args.protocol, args.set) if args.protocol else protocols.PLAIN
     models = edits.find_models(args.model)
-    import datasets
-    import diffusers
-    import transformers
-
     from instruct_pix2pix.data.triples import load_triples
     from instruct_pix2pix.images import encode_image
     from instruct_pix2pix.records import finish_writes
 
-    datasets.disable_progress_bars()  # one bar at a time, ours
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    edits.one_progress_bar()
     triples = load_triples(source_of(args, "--dataset"), max_rows=args.max_samples)
     output_dir.mkdir(parents=True, exist_ok=True)
     finish_writes(output_dir)
     samples = edits.keep_dataset(triples, args, protocol)
-    labels = edits.make_rows(models, samples, args)
+    kinds = edits.make_rows(models, samples, args)
 
     import torch
 
     from instruct_pix2pix.evaluation import report, summary
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows, skipped_metrics = summary.score(output_dir, samples, labels, protocol, device)
-    named = [model.label for model in models]
-    made = [model for model in models if model.label != edits.IDENTITY]
-    seconds, kinds = edits.how_made(output_dir, [model.label for model in made], samples)
-    metrics = summary.summarize(rows, named) | {
+    rows, skipped_metrics = summary.score(output_dir, samples, kinds, protocol, device)
+    labels = [model.label for model in models]
+    seconds, environment = edits.how_made(output_dir, labels, samples)
+    settings = {key: getattr(args, key) for key in SETTINGS if getattr(args, key) is not None}
+    metrics = {
+        "models": summary.summarize(rows, kinds),
         "protocol": protocol.lines(len(samples)),
-        "settings": {"models": {model.label: model.name for model in models}}
-        | {key: getattr(args, key) for key in SETTINGS},
-        "environment": kinds | {name: version(name) for name in LIBRARIES},
+        "settings": {"models": {model.label: for_others(model.name) for model in models}}
+        | {key: for_others(value) if isinstance(value, str) else value for key, value in settings.items()},
+        "environment": environment | {name: version(name) for name in LIBRARIES},
         "skipped_metrics": skipped_metrics,
         "rows_left_out": len(triples.skipped()),
         "edit_seconds_per_image": seconds,
     }
     if "fid" not in skipped_metrics and len(samples) > 1:
-        summary.add_fid(metrics, output_dir, samples, device)
-    for model in made:
+        summary.add_fid(metrics["models"], output_dir, samples, device)
+    for model in models:
         metrics["models"][model.label]["training"] = training_figures(model.name)
 
     lookup = {f"{one.name}.png": {"task": one.task, "instruction": one.instruction} for one in samples}
     write_json(output_dir / "dataset_lookup.json", lookup)  # of ImagenHub, which shows it below the images
-    sheet = comparison(output_dir, samples, [model.label for model in made])
+    sheet = comparison(output_dir, samples, labels)
     write_bytes(output_dir / "comparison.png", encode_image(sheet, ".png"))
     lines = io.StringIO()
     writer = csv.DictWriter(lines, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
@@ -175,10 +170,10 @@ def main(argv: list[str] | None = None) -> None:
         write_json_lines(output_dir / "skipped.jsonl", triples.skipped())
     write_json(output_dir / "metrics.json", metrics)
     report.write_report(output_dir, metrics, rows)
-    print("", *summary.table(metrics), "", *metrics["protocol"], sep="\n")
-    facts = {**kinds, "seconds an image": ", ".join(f"{label} {value:g}" for label, value in seconds.items())}
+    print("", *summary.table(metrics["models"]), "", *metrics["protocol"], sep="\n")
+    facts = environment | {"seconds an image": ", ".join(f"{label} {value:g}" for label, value in seconds.items())}
     print(*(f"{name}: {fact}" for name, fact in facts.items() if fact), sep="\n")
-    if edits.CEILING not in labels:
+    if edits.CEILING not in kinds:
         print(f"without {edits.THROUGH_VAE} and {edits.CEILING}: no model has an autoencoder")
     for reason in dict.fromkeys(skipped_metrics.values()):
         print(f"without {', '.join(name for name in skipped_metrics if skipped_metrics[name] == reason)}: {reason}")

@@ -397,7 +397,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
         return tensors
 
     def sampling(edit: Edit) -> Setting:
-        return Setting(*(settings[edit][name] for name in Setting._fields))
+        return Setting.of(settings[edit])
 
     multiple = editing.size_multiple(pipeline)
     batches = []  # each of one setting

@@ -1,6 +1,5 @@
 """Metrics against values known by arithmetic, networks' ones on tiny random backbones."""
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -59,30 +58,7 @@ def test_rgb_and_y_disagree_by_what_the_formula_says():
 
 def test_absolute_and_squared_errors_are_magicbrushs():
     found = metrics.pixel_scores(GRAY + np.array([0, 0, 51], np.uint8), GRAY, PLAIN)
-    assert (found["mae"], found["l1"], found["l2"]) == pytest.approx((17, 0.2 / 3, 0.04 / 3))
-
-
-def test_an_edit_of_another_size_is_brought_to_the_targets():
-    photo = random_image(0, 16, 24, 3)
-    twice = photo.repeat(2, 0).repeat(2, 1)
-    assert metrics.pixel_scores(twice, photo, PLAIN)["l1"] < metrics.pixel_scores(twice[::-1], photo, PLAIN)["l1"] / 2
-
-
-def test_a_border_is_left_out():
-    framed = GRAY.copy()
-    framed[0], framed[:, -1] = 0, 255
-    assert metrics.pixel_scores(framed, GRAY, PLAIN)["psnr"] < 20
-    assert metrics.pixel_scores(framed, GRAY, replace(PLAIN, border=1))["psnr"] == 100
-    inside = GRAY.copy()
-    inside[1] = 90  # 30 of the 30 x 30 pixels that count
-    assert metrics.pixel_scores(inside, GRAY, replace(PLAIN, border=1))["mae"] == pytest.approx(10 / 30)
-
-
-def test_an_edit_of_floats_is_rounded_where_the_protocol_says():
-    edit = GRAY + np.float32(0.4)
-    edit[0] = 300  # clipped to 255
-    for protocol, error in ((PLAIN, 0), (protocols.find("promptir", "SOTS"), 0.4 * 31 / 32)):
-        assert metrics.pixel_scores(edit, GRAY, protocol)["mae"] == pytest.approx(155 / 32 + error, rel=1e-5)
+    assert (found["l1"], found["l2"]) == pytest.approx((0.2 / 3, 0.04 / 3))
 
 
 def one_window(image: np.ndarray, target: np.ndarray, weights: np.ndarray, unbiased: float) -> float:

@@ -67,10 +67,12 @@ def summarize(rows, kinds, tasks) -> dict:
         chosen = [row for row in rows if row["model"] == kind and task in (None, row["task"])]
         return {"images": len(chosen)} | {name: interval([row[name] for row in chosen]) for name in names}
 
-    models = {kind: {"all": group(kind), "tasks": {task: group(kind, task) for task in tasks}} for kind in kinds}
+    models = {}
+    for label in kinds:
+        kind = {"kind": label.partition("-")[0] if label.startswith(tuple(BASELINES)) else "model"}
+        models[label] = kind | {"all": group(label), "tasks": {task: group(label, task) for task in tasks}}
     return {
         "models": models,
-        "differences": [],
         "protocol": ["set: photos"],
         "settings": {"models": {"a": "folder/a"}, "seed": 0},
         "environment": {"device": "cpu"},
@@ -84,12 +86,17 @@ def summarize(rows, kinds, tasks) -> dict:
 def evaluated(tmp_path):
     """`evaluated(names, models, ...)` -> the folder, metrics and rows of an evaluation, images of several sizes."""
 
-    def make(names, models, tasks=("blur", "noise"), instructions=("edit it",), metrics=("psnr", "ssim"), files=True):
-        rng = np.random.default_rng(0)
-        rows, drawn = (
-            [],
-            rng.uniform(10, 40, (len(names), len(BASELINES) + len(models), len(metrics))).round(6).tolist(),
-        )
+    def make(
+        names,
+        models,
+        tasks=("blur", "noise"),
+        instructions=("edit it",),
+        metrics=("psnr", "ssim"),
+        files=True,
+        bounds=BASELINES,
+    ):
+        rng, rows, labels = np.random.default_rng(0), [], [*bounds, *models]
+        drawn = rng.uniform(10, 40, (len(names), len(labels), len(metrics))).round(6).tolist()
         for kind in ["input", "target", *models] if files else ():
             (tmp_path / kind).mkdir()
             for number, name in enumerate(names):
@@ -98,9 +105,9 @@ def evaluated(tmp_path):
         for number, name in enumerate(names):
             about = {"name": name, "task": tasks[number % len(tasks)]}
             about["instruction"] = instructions[number % len(instructions)]
-            for kind, scores in zip([*BASELINES, *models], drawn[number], strict=True):
+            for kind, scores in zip(labels, drawn[number], strict=True):
                 rows.append(about | {"model": kind} | dict(zip(metrics, scores, strict=True)))
-        return tmp_path, summarize(rows, [*BASELINES, *models], tasks), rows
+        return tmp_path, summarize(rows, labels, tasks), rows
 
     return make
 
@@ -114,13 +121,14 @@ def test_the_page_holds_every_score_and_the_pictures_worst_first(evaluated):
     models = ["first", "second"]
     folder, metrics, rows = evaluated([f"photo{number}" for number in range(7)], models)
     page = write(folder, metrics, rows)
-    kinds = [kind for kind, _ in page.data["kinds"]]
+    titles = ["input (doing nothing)", "input through autoencoder", "target through autoencoder (ceiling)", *models]
+    assert page.data["rows"] == titles
     for row in rows:
         place = [name for name, _, _ in page.data["images"]].index(row["name"])
         _, task, instruction = page.data["images"][place]
-        assert page.data["tasks"][task] == row["task"] and page.data["instructions"][instruction] == row["instruction"]
+        assert task == row["task"] and page.data["instructions"][instruction] == row["instruction"]
         for name in ("psnr", "ssim"):
-            value = page.data["scores"][name][place][kinds.index(row["model"])]
+            value = page.data["scores"][name][place][[*BASELINES, *models].index(row["model"])]
             assert value == round(row[name], METRICS[name].decimals + 1)
     assert dict(zip(page.texts("dt"), page.texts("dd"), strict=True)) == {
         **{"models: a": "folder/a", "seed": "0", "device": "cpu", "edit_seconds_per_image": "0.5"},
@@ -169,9 +177,10 @@ def test_what_a_user_typed_is_text(evaluated):
     folder, metrics, rows = evaluated(names, models, HOSTILE[:3], HOSTILE)
     metrics["settings"] = dict(zip(HOSTILE, reversed(HOSTILE), strict=True))
     metrics["protocol"] = HOSTILE
-    metrics["differences"] = [
-        {"of": models[0], "minus": models[1], "task": HOSTILE[0], "metric": "psnr"} | interval([1])
-    ]
+    difference = {"images": 6, "psnr": interval([1])}
+    metrics["models"][models[1]]["minus"] = {
+        models[0]: {"all": difference, "tasks": dict.fromkeys(HOSTILE[:3], difference)}
+    }
     page = write(folder, metrics, rows)
     said = [" ".join(text.split()) for text in HOSTILE]  # line separators, too, are spaces in a line of text
     assert len(page.all("script")) == 2
@@ -182,30 +191,38 @@ def test_what_a_user_typed_is_text(evaluated):
     assert set(page.texts("h3")[:6]) == {" ".join(name.split()) for name in names}
     assert set(page.texts("q")) == set(said) == set(page.data["instructions"])
     assert page.texts("li") == said and page.texts("dt")[:6] == said and page.texts("dd")[:6] == said[::-1]
-    assert page.data["tasks"] == said[:3] and page.data["labels"] == ["input", "target", *models]
+    assert [task for _, task, _ in page.data["images"][:3]] == said[:3] and page.data["labels"] == [
+        "input",
+        "target",
+        *models,
+    ]
     assert {attributes["alt"] for _, attributes, _ in page.all("img")} == {"", "input", "target", *models}
     isolated = page.texts("bdi")  # right-to-left text turns nothing beside it
     assert all(isolated.count(text) for text in (*page.texts("h3")[:6], *said, *models))
 
 
 def test_better_and_worse_follow_the_metric(evaluated):
-    folder, metrics, rows = evaluated(["a", "b", "c"], ["first", "second"], metrics=("psnr", "lpips"))
-    ends = {"better": (0.5, 2.0), "worse": (-2.0, -0.5), "": (-0.5, 0.5)}
-    for task, (low, high) in ends.items():
-        about = {
-            "of": "second",
-            "minus": "first",
-            "task": task or "open",
-            "mean": (low + high) / 2,
-            "low": low,
-            "high": high,
-        }
-        metrics["differences"] += [about | {"metric": "psnr"}, about | {"metric": "lpips"}]
-    one = {"of": "first", "minus": "identity", "task": "all", "metric": "psnr", "mean": 1.0, "low": None, "high": None}
-    page = write(folder, {**metrics, "differences": [*metrics["differences"], one]}, rows)
+    tasks = ["better", "worse", "open"]
+    folder, metrics, rows = evaluated(["a", "b", "c"], ["first", "second"], tasks, metrics=("psnr", "lpips"))
+    ends = dict(zip(tasks, ((0.5, 2.0), (-2.0, -0.5), (-0.5, 0.5)), strict=True))
+    found = {task: {"images": 1} | dict.fromkeys(("psnr", "lpips"), interval(ends[task])) for task in tasks}
+    one = {"images": 3, "psnr": {"mean": 1.0, "low": None, "high": None}}
+    metrics["models"]["second"]["minus"] = {"first": {"all": one, "tasks": found}}
+    page = write(folder, metrics, rows)
     verdicts = [attributes["class"] for _, attributes, _ in page.all("span") if attributes.get("class") != "quiet"]
-    assert verdicts == ["better", "worse", "worse", "better", "", "", ""]
+    assert verdicts == ["", "", "better", "worse", "worse", "better", "", ""]
     assert "−1.25−2.00 to −0.50" in page.texts("td") and "+1.00" in page.texts("td")
+    assert page.texts("th").count("second minus first") == 4
+
+
+def test_a_second_autoencoders_rows_are_no_models(evaluated):
+    bounds = [*BASELINES, "identity_through_vae-second", "vae_ceiling-second"]
+    page = write(*evaluated(["a", "b", "c"], ["first", "second"], bounds=bounds))
+    titles = ["input through autoencoder of second", "target through autoencoder (ceiling) of second"]
+    assert page.data["rows"][3:] == [*titles, "first", "second"]
+    assert page.data["labels"] == ["input", "target", "first", "second"]
+    assert page.texts("h1") == ["Evaluation of first, second"]
+    assert len([attributes for _, attributes, _ in page.all("img") if "src" in attributes]) == 3 * 4
 
 
 def test_the_best_model_is_bold_and_a_missing_score_a_dash(evaluated):

@@ -10,8 +10,9 @@ import argparse
 import hashlib
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,11 @@ from instruct_pix2pix.records import is_finished, keep, model_fingerprint, own_r
 
 if TYPE_CHECKING:
     from instruct_pix2pix.data.triples import Triples
+    from instruct_pix2pix.evaluation.protocols import Protocol
 
 # The rows that are no model: the input as it is, the input and the target after the autoencoder's round trip.
 KINDS = IDENTITY, THROUGH_VAE, CEILING = "identity", "identity_through_vae", "vae_ceiling"
+MODEL = "model"  # the kind of the others
 FILES_AT_A_TIME = 32  # of the dataset, written together
 WEIGHTS = (".npz", ".safetensors", ".tflite")  # of White-box CartoonGAN
 
@@ -52,17 +55,13 @@ class Sample:
 @dataclass(frozen=True)
 class Model:
     """What --model named: `label` is its row and folder; `cartoonize` and the pixels it takes at most are a
-    cartoonizer's, and None is a pipeline's or identity's."""
+    cartoonizer's, and None is a pipeline's."""
 
     label: str
     name: str
     fingerprint: str
     cartoonize: Callable | None = None
     max_pixels: float = math.inf
-
-    @property
-    def is_pipeline(self) -> bool:
-        return self.cartoonize is None and self.label != IDENTITY
 
 
 # Models.
@@ -73,16 +72,14 @@ def is_cartoonizer(name: str) -> bool:
 
 
 def find_models(names: list[str]) -> list[Model]:
-    """The models that --model names, each with a label of its own. Raises UserError for what is none, before any
-    pipeline loads."""
+    """The models that --model names, each with a label of its own, without identity, which is always a row. Raises
+    UserError for what is none, before any pipeline loads."""
+    names = [name for name in names if name != IDENTITY]
     for name in names:
-        if name != IDENTITY and not is_cartoonizer(name):
+        if not is_cartoonizer(name):
             editing.check_model(name, "--model")
     found, taken = [], {"input", "target", *KINDS}
     for name in names:
-        if name == IDENTITY:
-            found.append(Model(IDENTITY, name, ""))
-            continue
         path = Path(name).expanduser()
         path = path.resolve() if path.exists() else path
         label = path.stem if path.is_file() else path.name
@@ -114,29 +111,59 @@ def sampling(args, model: Model, tasks: Iterable[str]) -> dict[str, Setting]:
     if found is None:
         raise UserError(f"--recommended_settings: {model.name} has none; find them with evaluation/sweep.py")
     best = {task: found["tasks"].get(task, found["all"]) for task in tasks}
-    return {task: Setting(*(entry[field] for field in Setting._fields)) for task, entry in best.items()}
+    return {task: Setting.of(entry) for task, entry in best.items()}
 
 
 # The dataset.
 
 
-def read_rows(triples: Triples, args, protocol) -> Iterator[dict]:
-    """{"name", "task", "instruction", "input", "target"} of each row, the images (H, W, 3) uint8, by and by.
+def one_progress_bar() -> None:
+    """Ours; those of the libraries go."""
+    import datasets
+    import diffusers
+    import transformers
 
-    The pixels are training's, whole. Which of several wordings edits an image depends on its pixels, not on its place.
-    Rows that cannot be used are noted in `triples`, or raise RowError, as --on_bad_row says. Raises UserError.
+    datasets.disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def wordings_by_task(triples: Triples) -> dict[str, dict[str, None]]:
+    """All instructions of each task's rows, as keys in their order."""
+    found = defaultdict(dict)
+    for index, task in zip(triples.indices.tolist(), triples.tasks(), strict=True):
+        with suppress(RowError):  # is said where the row is opened
+            found[task] |= dict.fromkeys(() if index in triples.bad else triples.instructions(index))
+    return found
+
+
+def known_wordings(args) -> dict[str, dict[str, None]] | None:
+    """Those of the split --wordings_from; None without it."""
+    from instruct_pix2pix.data.triples import load_triples
+
+    if args.wordings_from:
+        return wordings_by_task(load_triples(replace(source_of(args, "--dataset"), split=args.wordings_from)))
+
+
+def read_rows(
+    triples: Triples, args, protocol: Protocol, known: dict | None = None, images_per_task: float = math.inf
+) -> Iterator[dict]:
+    """{"name", "task", "instruction", "input", "target"} of rows, the first ones of each task; the images (H, W, 3)
+    uint8, read by and by, with their hashes as "input_sha256" and "target_sha256".
+
+    The pixels are training's, whole. Which of several wordings edits an image depends on its pixels, not on its place;
+    they are the row's own, or its task's of those that are `known`.
+    Rows that cannot be used are noted in `triples`, or raise RowError, as --on_bad_row says. Raises UserError, also
+    where there is no row.
     """
     import numpy as np
 
-    from instruct_pix2pix.data.triples import load_triples, open_pair
+    from instruct_pix2pix.data.triples import open_pair
 
-    wordings = defaultdict(set)
-    if args.wordings_from:
-        others = load_triples(replace(source_of(args, "--dataset"), split=args.wordings_from))
-        for index, task in zip(others.indices.tolist(), others.tasks(), strict=True):
-            if index not in others.bad:
-                wordings[task].update(others.instructions(index))
+    counts = Counter()
     for index, task in zip(triples.indices.tolist(), triples.tasks(), strict=True):
+        if counts[task] >= images_per_task:
+            continue
         try:
             choice, *pair = open_pair(triples, index)
         except RowError as error:
@@ -144,44 +171,42 @@ def read_rows(triples: Triples, args, protocol) -> Iterator[dict]:
                 raise
             triples.leave_out([(error.row, error.reason)])
             continue
-        if args.wordings_from:
-            choice = sorted(wordings[task])
-            if not choice:
-                raise UserError(f"--wordings_from: {args.wordings_from} has no instruction for the task {task}")
-        pair = map(np.asarray, scale_pair(*pair, args.resolution))
-        original, target = (np.clip(np.rint(side), 0, 255).astype(np.uint8) for side in protocol.prepare(*pair))
-        instruction = choice[int(_sha256(original), 16) % len(choice)]
-        yield {"name": f"{index:06d}", "task": task, "instruction": instruction, "input": original, "target": target}
+        if known is not None and not (choice := sorted(known.get(task, ()))):
+            raise UserError(f"--wordings_from: {args.wordings_from} has no instruction for the task {task}")
+        pair = protocol.prepare(*map(np.asarray, scale_pair(*pair, args.resolution)))
+        row = dict(zip(("input", "target"), pair, strict=True))
+        row |= {f"{side}_sha256": hashlib.sha256(pixels.tobytes()).hexdigest() for side, pixels in row.items()}
+        counts[task] += 1
+        yield row | {
+            "name": f"{index:06d}",
+            "task": task,
+            "instruction": choice[int(row["input_sha256"], 16) % len(choice)],
+        }
+    if not counts:
+        raise UserError(f"{triples.source}: none of {len(triples)} rows can be used; row {min(triples.bad.items())}")
 
 
-def _sha256(pixels) -> str:
-    return hashlib.sha256(pixels.tobytes()).hexdigest()
-
-
-def keep_dataset(triples: Triples, args, protocol) -> list[Sample]:
+def keep_dataset(triples: Triples, args, protocol: Protocol) -> list[Sample]:
     """Write what `read_rows` gives to input/ and target/, if it is not there. Raises UserError where other pixels are
-    there, or no row can be used."""
+    there."""
     from PIL import Image
     from tqdm import tqdm
 
     output_dir, records = Path(args.output_dir), read_records(Path(args.output_dir))
     samples, files = [], []
-    rows = tqdm(read_rows(triples, args, protocol), "Reading", len(triples), unit="row", delay=2, leave=False)
-    for row in rows:
-        hashes = {side: _sha256(row[side]) for side in ("input", "target")}
-        for side, sha256 in hashes.items():
-            record = {"output": f"{side}/{row['name']}.png", "pixels_sha256": sha256}
-            if not is_finished(output_dir, record["output"], {"pixels_sha256": sha256}, records, args.overwrite):
-                files.append((record, encode_image(Image.fromarray(row[side]), ".png", fast=True)))
-        size = row["input"].shape[1], row["input"].shape[0]
-        samples.append(Sample(row["name"], row["task"], row["instruction"], size, *hashes.values()))
+    rows = read_rows(triples, args, protocol, known_wordings(args))
+    for row in tqdm(rows, "Reading", len(triples), unit="row", delay=2, leave=False):
+        for side in ("input", "target"):
+            output, how = f"{side}/{row['name']}.png", {"pixels_sha256": row[f"{side}_sha256"]}
+            if not is_finished(output_dir, output, how, records, args.overwrite):
+                files.append(({"output": output} | how, encode_image(Image.fromarray(row[side]), ".png", fast=True)))
+        size, hashes = row["input"].shape[1::-1], (row["input_sha256"], row["target_sha256"])
+        samples.append(Sample(row["name"], row["task"], row["instruction"], size, *hashes))
         if len(files) >= FILES_AT_A_TIME:
             keep(output_dir, files)
             files = []
     if files:
         keep(output_dir, files)
-    if not samples:
-        raise UserError(f"{triples.source}: none of {len(triples)} rows can be used; row {min(triples.bad.items())}")
     return samples
 
 
@@ -207,33 +232,34 @@ def look_at(label: str, samples: list[Sample], args, how: Callable[[Sample], dic
     return settings, missing
 
 
-def make_rows(models: list[Model], samples: list[Sample], args) -> list[str]:
-    """Make the images that are missing. Returns the rows: identity, each autoencoder's two, the models.
+def make_rows(models: list[Model], samples: list[Sample], args) -> dict[str, str]:
+    """Make the images that are missing. Returns the rows, each with its kind: identity, each autoencoder's two, models.
 
     What an earlier run made otherwise is said before weights load. Raises UserError, also where a model's output is
     not finite.
     """
-    rows = {}
+
+    def how(sample: Sample, model: Model, by_task: dict[str, Setting] | None) -> dict:
+        made = {"model": model.fingerprint}
+        if by_task:
+            made |= {"seed": args.seed, "resolution": 0} | by_task[sample.task]._asdict()
+            made |= {"instruction": sample.instruction}
+        return made
+
+    rows, tasks = {}, dict.fromkeys(sample.task for sample in samples)
     for model in models:
-        how = {"model": model.fingerprint}
-        if model.is_pipeline:
-            how |= {"seed": args.seed, "resolution": 0}
-            by_task = sampling(args, model, dict.fromkeys(sample.task for sample in samples))
-
-            def settings(sample, how=how, by_task=by_task):
-                return how | by_task[sample.task]._asdict() | {"instruction": sample.instruction}
-
-            rows[model] = look_at(model.label, samples, args, settings)
-        elif model.cartoonize:
-            rows[model] = look_at(model.label, samples, args, lambda _, how=how: how)
+        by_task = None if model.cartoonize else sampling(args, model, tasks)
+        rows[model] = look_at(model.label, samples, args, partial(how, model=model, by_task=by_task))
     autoencoders: dict[str, list[str]] = {}  # hash of the weights -> the labels of its rows
     for model, row in rows.items():
-        if model.is_pipeline:
-            edit_by_pipeline(model, row, samples, args, autoencoders)
-        else:
+        if model.cartoonize:
             make_images(model.label, model.cartoonize, row, 1 if model.name == "opencv" else 4, model.max_pixels, args)
-    labels = [IDENTITY, *(label for pair in autoencoders.values() for label in pair)]
-    return list(dict.fromkeys(labels + [model.label for model in models]))
+        else:
+            edit_by_pipeline(model, row, samples, args, autoencoders)
+    kinds = {IDENTITY: IDENTITY}
+    for bounds in autoencoders.values():
+        kinds |= zip(bounds, (THROUGH_VAE, CEILING), strict=True)
+    return kinds | {model.label: MODEL for model in rows}
 
 
 def edit_by_pipeline(model: Model, row: Row, samples: list[Sample], args, autoencoders: dict[str, list[str]]) -> None:

@@ -4,7 +4,6 @@ import functools
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 from skimage.metrics import structural_similarity
 
 from instruct_pix2pix.evaluation.protocols import Protocol
@@ -20,6 +19,10 @@ class Metric:
     better: str = "higher"
     decimals: int = 3
 
+    @property
+    def title(self) -> str:
+        return f"{self.label}{' ' * bool(self.unit)}{self.unit} {'↑' if self.better == 'higher' else '↓'}"
+
 
 METRICS = {
     metric.name: metric
@@ -28,8 +31,7 @@ METRICS = {
         Metric("ssim", "SSIM"),
         Metric("psnr_y", "PSNR-Y", "dB", decimals=2),
         Metric("ssim_y", "SSIM-Y"),
-        Metric("mae", "MAE", better="lower", decimals=2),
-        Metric("l1", "L1", better="lower", decimals=4),
+        Metric("l1", "L1 (MAE)", better="lower", decimals=4),
         Metric("l2", "L2", better="lower", decimals=4),
         Metric("gmsd", "GMSD", better="lower"),
         Metric("haarpsi", "HaarPSI"),
@@ -90,29 +92,15 @@ def luma(image: np.ndarray, kind: str = "matlab") -> np.ndarray:
 def pixel_scores(image: np.ndarray, target: np.ndarray, protocol: Protocol) -> dict[str, float]:
     """The metrics of an edit that take no library or network of their own, by their keys in METRICS.
 
-    RGB (H, W, 3), the target uint8, the edit uint8 or float around [0, 255]; one of another size is resized first, as
-    in MagicBrush. MAE is in levels of 255, MagicBrush's L1 (mean absolute) and L2 (mean squared) of images in [0, 1].
+    Both images uint8 RGB (H, W, 3). L1 (mean absolute) and L2 (mean squared) are MagicBrush's, of images in [0, 1].
     """
-    image = np.clip(image, 0, 255) if protocol.float_edits else as_levels(image)
-    if image.shape != target.shape:
-        resized = Image.fromarray(as_levels(image)).resize(target.shape[1::-1], Image.Resampling.BICUBIC)
-        image = np.asarray(resized)
-    if edge := protocol.border:
-        image, target = (side[edge:-edge, edge:-edge] for side in (image, target))
     y, target_y = (luma(side, protocol.y) for side in (image, target))
-    difference = image.astype(np.float64) - target
-    absolute = float(np.mean(np.abs(difference)))
+    difference = (image.astype(np.float64) - target) / 255
     return {
         "psnr": psnr(image, target),
         "ssim": ssim(image, target, protocol.window),
         "psnr_y": psnr(y, target_y),
         "ssim_y": ssim(y, target_y, protocol.window),
-        "mae": absolute,
-        "l1": absolute / 255,
-        "l2": float(np.mean(difference**2)) / 255**2,
+        "l1": float(np.mean(np.abs(difference))),
+        "l2": float(np.mean(difference**2)),
     }
-
-
-def as_levels(image: np.ndarray) -> np.ndarray:
-    """The image in 8 bits, clipped to [0, 255] and rounded."""
-    return image if image.dtype == np.uint8 else np.clip(np.rint(image), 0, 255).astype(np.uint8)

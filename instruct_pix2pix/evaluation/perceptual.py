@@ -14,7 +14,6 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity, normalize
 
 from instruct_pix2pix.cli import first_line
-from instruct_pix2pix.evaluation.metrics import as_levels
 
 INSTALL = "pip install -r requirements-evaluation.txt"
 CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"  # MagicBrush's
@@ -45,8 +44,7 @@ def load(device: str = "cpu") -> tuple[list[Measure], dict[str, str]]:
 
 
 def scores(measures: list[Measure], image, target, source, instruction: str) -> dict[str, float]:
-    """What `load`'s measures say of an edit, by their keys in METRICS; arrays RGB (H, W, 3) around [0, 255]."""
-    image, target, source = (as_levels(side) for side in (image, target, source))
+    """What `load`'s measures say of an edit, by their keys in METRICS; arrays uint8 RGB (H, W, 3)."""
     return {name: value for measure in measures for name, value in measure(image, target, source, instruction).items()}
 
 
@@ -60,7 +58,7 @@ def fid(images: Iterable[np.ndarray], targets: Iterable[np.ndarray], device="cpu
     distance = FrechetInceptionDistance(feature=feature).to(device)
     for real, row in ((True, targets), (False, images)):
         for image in row:
-            distance.update(torch.from_numpy(as_levels(image)).permute(2, 0, 1)[None].to(device), real=real)
+            distance.update(torch.from_numpy(image).permute(2, 0, 1)[None].to(device), real=real)
     return float(distance.compute())
 
 
@@ -171,4 +169,4 @@ def _check_weights(*urls: str) -> None:
             if not file.exists():
                 urlopen(url, timeout=5).close()
         except OSError as error:
-            raise Unavailable(f"{file} is not there, and {url} fails ({first_line(error)})") from None
+            raise Unavailable(f"{file.name} is not in torch's cache, and {url} fails ({first_line(error)})") from None

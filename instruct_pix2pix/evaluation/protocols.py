@@ -24,7 +24,7 @@ NOISE = {
     "files": "Gaussian, sigma {}, in the authors' noisy images, which are the inputs",
     "clipped": "Gaussian, sigma {}, cut to [0, 255] and truncated to uint8, seeded by the clean pixels "
     "(the authors: one stream of seed 0 over all images, in the folder's own order)",
-    "float": "Gaussian, sigma {}, float32, neither cut nor rounded, seed 0 for every image",
+    "float": "Gaussian, sigma {}, seed 0 for every image; cut and rounded to 8 bits (the authors': float32, neither)",
 }
 
 
@@ -39,8 +39,7 @@ class Protocol:
     source: str = ""
     compare: tuple[str, ...] = ("psnr", "ssim")  # what the authors publish
     crop: int = 0  # both sides are cut about the centre to a multiple of it; 0: whole image
-    border: int = 0  # pixels left out along every edge
-    float_edits: bool = False  # the authors do not round edits to 8 bits
+    float_edits: bool = False  # the authors do not round edits to 8 bits, as is done here
     y: str = "matlab"
     window: str = "gaussian"
     noise: str = "none"
@@ -50,8 +49,8 @@ class Protocol:
     def prepare(self, original: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The model's input and the target, of a pair of uint8 RGB arrays (H, W, 3).
 
-        Where noise is added, `original` is not used: the input is the noisy target, uint8 or float32 around [0, 255].
-        The noise depends on the protocol and the target alone, not on order or batch.
+        Where noise is added, `original` is not used: the input is the noisy target. The noise depends on the protocol
+        and the target alone, not on order or batch. Both are uint8 again, as they are kept.
         """
         original, target = (self._cropped(image) for image in (original, target))
         if self.noise == "clipped":
@@ -59,7 +58,8 @@ class Protocol:
             original = np.clip(target + self.sigma * noise, 0, 255).astype(np.uint8)
         elif self.noise == "float":
             noise = np.random.RandomState(0).normal(0, self.sigma / 255, target.shape)
-            original = (target.astype(np.float32) / 255 + noise).astype(np.float32) * np.float32(255)
+            noisy = (target.astype(np.float32) / 255 + noise).astype(np.float32) * np.float32(255)
+            original = np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
         return original, target
 
     def _cropped(self, image: np.ndarray) -> np.ndarray:
@@ -77,9 +77,10 @@ class Protocol:
             "images": count,
             "to compare": ", ".join(self.compare),
             "crop": f"centre, to multiples of {self.crop}" if self.crop else "whole image",
-            "border left out": f"{self.border} pixels",
+            "border left out": "0 pixels",
             "colour": f"RGB; {Y[self.y]}",
-            "quantisation": "kept edits have 8 bits" + ", the authors do not round" * self.float_edits,
+            "quantisation": "inputs and edits are kept with 8 bits"
+            + "; the authors do not round edits" * self.float_edits,
             "noise": NOISE[self.noise].format(self.sigma),
             "SSIM window": WINDOWS[self.window],
             "note": self.note,

@@ -12,7 +12,9 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from instruct_pix2pix.evaluation.edits import CEILING, IDENTITY, MODEL, THROUGH_VAE
 from instruct_pix2pix.evaluation.metrics import METRICS, Metric
+from instruct_pix2pix.evaluation.summary import of_task
 from instruct_pix2pix.files import write_text
 from instruct_pix2pix.images import read_image
 
@@ -21,10 +23,10 @@ TABLE_IMAGES = 5000  # listed, at most
 PAGE_BYTES = 9_500_000  # pictures are added while the page stays below
 SIDES = (512, 384, 256)  # the longest one of a picture in pixels, the first with which FEWEST cases would fit
 LONGEST_TEXT = 300  # of a name or an instruction, in characters
-KINDS = {  # the rows that are no model, as the page calls them
-    "identity": "input (doing nothing)",
-    "identity_through_vae": "input through autoencoder",
-    "vae_ceiling": "target through autoencoder (ceiling)",
+TITLES = {  # of the kinds of rows that are no model
+    IDENTITY: "input (doing nothing)",
+    THROUGH_VAE: "input through autoencoder",
+    CEILING: "target through autoencoder (ceiling)",
 }
 
 
@@ -34,36 +36,36 @@ def write_report(output_dir: Path, metrics: dict, rows: list[dict]) -> None:
     `rows`: {"name", "task", "model", "instruction", <metric>: value, ...}, one for every image and row kind, "identity"
     among them. Pictures are <output_dir>/{input,target,<model>}/<name>.png.
     """
-    images = {}  # name -> row kind -> row
+    images = {}  # name -> label -> row
     for row in rows:
         images.setdefault(row["name"], {})[row["model"]] = row
-    kinds = metrics["models"]
-    models = [label for label in kinds if label not in KINDS]
-    first = models[0] if models else "identity"
+    lines = metrics["models"]
+    models = [label for label, of in lines.items() if of["kind"] == MODEL]
+    titles = {}  # a second autoencoder's rows are labelled KIND-MODEL
+    for label, of in lines.items():
+        kind = of["kind"]
+        titles[label] = TITLES[kind] + label.removeprefix(kind).replace("-", " of ", 1) if kind in TITLES else label
+    first = models[0] if models else IDENTITY
     shown = [metric for metric in METRICS.values() if any(metric.name in row for row in rows)]
     gains = {name: _gain(of, first, shown[0]) for name, of in images.items()}  # in PSNR
     ranked = sorted(images, key=gains.get)
-    skipped = {
-        METRICS[name].label if name in METRICS else name: why for name, why in metrics["skipped_metrics"].items()
-    }
     trained = ""
     for label in models:
         facts = {"edit_seconds_per_image": metrics["edit_seconds_per_image"].get(label)}
-        trained += f"<h4>{_text(label)}</h4>{_facts(facts | kinds[label].get('training', {}))}"
+        trained += f"<h4>{_text(label)}</h4>{_facts(facts | lines[label].get('training', {}))}"
     parts = {
         "title": escape(f"Evaluation of {', '.join(models or [first])}"),
         "count": f"{len(images):,}",
         "listed": f"{min(len(images), TABLE_IMAGES):,}",
         "left_out": f"{metrics['rows_left_out']:,}",
-        "gain": f"{shown[0].label} of {_text(first)}",
-        "summary": _summary(kinds, models),
-        "differences": _differences(metrics["differences"]),
+        "gain": f"{shown[0].label} of {_text(titles[first])}",
+        "summary": _summary(lines, titles),
         "protocol": "".join(f"<li>{_text(line)}</li>" for line in metrics["protocol"]),
         "settings": _facts(metrics["settings"]),
         "environment": _facts(metrics["environment"]),
         "models": trained,
-        "skipped": _facts(skipped),
-        "data": _data(images, list(kinds), models, shown),
+        "skipped": _facts({METRICS[name].label: why for name, why in metrics["skipped_metrics"].items()}),
+        "data": _data(images, titles, models, shown),
     }
     room = PAGE_BYTES - len("".join(parts.values()).encode("utf-8", "backslashreplace"))
     cases, most = {}, room / FEWEST  # name -> HTML
@@ -71,7 +73,7 @@ def write_report(output_dir: Path, metrics: dict, rows: list[dict]) -> None:
         name = ranked[-1 - place // 2 if place % 2 else place // 2]
         number = list(images).index(name)
         for side in SIDES:
-            case = _case(Path(output_dir), number, images[name], gains[name], models, shown, side)
+            case = _case(Path(output_dir), number, images[name], gains[name], models, titles, shown, side)
             if len(case) <= most:
                 break
         room -= len(case)
@@ -83,8 +85,8 @@ def write_report(output_dir: Path, metrics: dict, rows: list[dict]) -> None:
     write_text(Path(output_dir) / "report.html", template.substitute(parts))
 
 
-def _gain(kinds: dict, label: str, metric: Metric) -> float:
-    return kinds[label][metric.name] - kinds["identity"][metric.name]
+def _gain(of: dict, label: str, metric: Metric) -> float:
+    return of[label][metric.name] - of[IDENTITY][metric.name]
 
 
 def _short(value) -> str:
@@ -93,69 +95,68 @@ def _short(value) -> str:
 
 
 def _text(value) -> str:
-    """Any text, or the name of a row kind, as HTML; what is written right to left turns nothing beside it."""
-    return f"<bdi>{escape(_short(KINDS.get(value, value)))}</bdi>"
+    """Any text as HTML; what is written right to left turns nothing beside it."""
+    return f"<bdi>{escape(_short(value))}</bdi>"
 
 
 def _score(value: float | None, metric: Metric, sign: str = "") -> str:
     return "–" if _rounded(value, metric) is None else f"{value:{sign}.{metric.decimals}f}".replace("-", "−")
 
 
-def _interval(found: dict, metric: Metric, sign: str = "") -> str:
+def _interval(found: dict | None, metric: Metric, sign: str = "") -> str:
     """{"mean", "low", "high"} as HTML; of one image, and of a measure of the whole set such as FID, the mean only."""
-    low, high = (_score(found.get(end), metric, sign) for end in ("low", "high"))
-    return _score(found["mean"], metric, sign) + (f"<small>{low} to {high}</small>" if low != "–" else "")
+    mean, low, high = (_score((found or {}).get(end), metric, sign) for end in ("mean", "low", "high"))
+    return mean + (f"<small>{low} to {high}</small>" if low != "–" else "")
 
 
-def _table(heading: str, shown: list[Metric], groups: dict[str, dict[str, list[str]]]) -> str:
-    """{a group's title: {a line's heading: a cell for each of the metrics}}, all HTML, as a table."""
-    table = f'<table><thead><tr><th scope="col">{heading}</th>'
-    for metric in shown:
-        unit = f" <i>{metric.unit}</i>" if metric.unit else ""
-        table += f'<th scope="col">{metric.label} {"↑" if metric.better == "higher" else "↓"}{unit}</th>'
-    table += "</tr></thead>"
+def _table(shown: list[Metric], groups: dict[str, dict[str, list[str]]]) -> str:
+    """{a group's title: {a line's heading: a cell for each of the metrics}}, the cells HTML, as a table."""
+    table = '<table><thead><tr><th scope="col">row</th>'
+    table += "".join(f'<th scope="col">{metric.title}</th>' for metric in shown) + "</tr></thead>"
     for title, lines in groups.items():
         table += "<tbody>"
-        table += f'<tr><th colspan="{1 + len(shown)}" scope="rowgroup">{title}</th></tr>' if title else ""
+        table += f'<tr><th colspan="{1 + len(shown)}" scope="rowgroup">{_text(title)}</th></tr>' if title else ""
         for name, cells in lines.items():
-            table += f'<tr><th scope="row">{name}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+            table += f'<tr><th scope="row">{_text(name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
         table += "</tbody>"
     return table + "</table>"
 
 
-def _summary(kinds: dict, models: list[str]) -> str:
-    """Every row over all images, then for each task where there are several; the best model of a column in bold."""
-    groups = {"all images": {kind: of["all"] for kind, of in kinds.items()}}
-    tasks = dict.fromkeys(task for of in kinds.values() for task in of["tasks"])
-    groups |= {task: {kind: of["tasks"][task] for kind, of in kinds.items()} for task in tasks if len(tasks) > 1}
-    shown = [m for m in METRICS.values() if any(m.name in of for group in groups.values() for of in group.values())]
-    tables = {}
-    for task, group in groups.items():
-        lines = tables[f"{_text(task)} ({group['identity']['images']:,})"] = {_text(kind): [] for kind in group}
+def _summary(models: dict[str, dict], titles: dict[str, str]) -> str:
+    """What `summarize` gives, over all images, then for each task where there are several. The best model of a column
+    is in bold; differences whose interval leaves zero out are marked as better or worse."""
+    shown = [metric for metric in METRICS.values() if any(metric.name in of["all"] for of in models.values())]
+    tasks, groups = models[IDENTITY]["tasks"], {}
+    for task in ["all", *(tasks if len(tasks) > 1 else ())]:
+        of = {label: of_task(row, task) for label, row in models.items()}
+        best = {}
         for metric in shown:
-            means = [group[label][metric.name]["mean"] for label in models if metric.name in group[label]]
-            best = (max if metric.better == "higher" else min)(means) if len(means) > 1 else None
-            for kind, of in group.items():
-                cell = _interval(of[metric.name], metric) if metric.name in of else "–"
-                bold = kind in models and metric.name in of and of[metric.name]["mean"] == best
-                lines[_text(kind)].append(f"<b>{cell}</b>" if bold else cell)
-    return _table("row", shown, tables)
+            named = [of[label] for label, row in models.items() if row["kind"] == MODEL]
+            means = [found[metric.name]["mean"] for found in named if metric.name in found]
+            best[metric.name] = (max if metric.better == "higher" else min)(means) if len(means) > 1 else None
+        lines = groups[f"{'all images' if task == 'all' else task} ({of[IDENTITY]['images']:,})"] = {}
+        for label, row in models.items():
+            bold = best if row["kind"] == MODEL else {}
+            lines[titles[label]] = [
+                _mean(of[label].get(metric.name), metric, bold.get(metric.name)) for metric in shown
+            ]
+            for other, difference in row.get("minus", {}).items():
+                found = of_task(difference, task)
+                cells = [_difference(found.get(metric.name), metric) for metric in shown]
+                lines[f"{label} minus {'input' if other == IDENTITY else other}"] = cells
+    return _table(shown, groups)
 
 
-def _differences(differences: list[dict]) -> str:
-    """Paired differences; those whose interval leaves zero out are marked as better or worse."""
-    shown = [metric for metric in METRICS.values() if any(metric.name == one["metric"] for one in differences)]
-    tables = {}
-    for one in differences:
-        lines = tables.setdefault(f"{_text(one['of'])} minus {_text(one['minus'])}", {})
-        task = _text("all images" if one["task"] == "all" else one["task"])
-        metric = METRICS[one["metric"]]
-        verdict = ""
-        if one["low"] is not None and not one["low"] <= 0 <= one["high"]:
-            verdict = "better" if (one["low"] > 0) == (metric.better == "higher") else "worse"
-        cells = lines.setdefault(task, ["–"] * len(shown))
-        cells[shown.index(metric)] = f'<span class="{verdict}">{_interval(one, metric, "+")}</span>'
-    return _table("task", shown, tables)
+def _mean(found: dict | None, metric: Metric, best: float | None) -> str:
+    text = _interval(found, metric)
+    return f"<b>{text}</b>" if found and found["mean"] == best else text
+
+
+def _difference(found: dict | None, metric: Metric) -> str:
+    verdict = ""
+    if found and found["low"] is not None and not found["low"] <= 0 <= found["high"]:
+        verdict = "better" if (found["low"] > 0) == (metric.better == "higher") else "worse"
+    return f'<span class="{verdict}">{_interval(found, metric, "+")}</span>'
 
 
 def _facts(facts: dict) -> str:
@@ -170,25 +171,24 @@ def _facts(facts: dict) -> str:
 
 
 def _case(
-    folder: Path, number: int, kinds: dict, gain: float, models: list[str], shown: list[Metric], side: int
+    folder: Path, number: int, rows: dict, gain: float, models: list[str], titles: dict, shown: list[Metric], side: int
 ) -> str:
     """One image: input, target and every model side by side, each with its first scores, and below them all scores."""
-    row, figures = kinds["identity"], ""
+    row, figures = rows[IDENTITY], ""
     brief = [metric for metric in shown if metric.name in ("psnr", "ssim", "lpips")]
-
     for label in ["input", "target", *models]:
-        scores = kinds.get("identity" if label == "input" else label, {})
+        scores = rows.get(IDENTITY if label == "input" else label, {})
         said = [f"{m.label} {_score(scores.get(m.name), m)}" for m in brief if scores]
         if label in models:
-            said[0] += f" ({_score(_gain(kinds, label, shown[0]), shown[0], '+')})"
+            said[0] += f" ({_score(_gain(rows, label, shown[0]), shown[0], '+')})"
         picture = _picture(folder / label / f"{row['name']}.png", label, side)
         figures += f"<figure>{picture}<figcaption><b>{_text(label)}</b>{'<br>'.join(said)}</figcaption></figure>"
-    lines = {_text(kind): [_score(of.get(m.name), m) for m in shown] for kind, of in kinds.items()}
+    lines = {titles[label]: [_score(of.get(m.name), m) for m in shown] for label, of in rows.items()}
     return (
         f'<article id="case-{number}" data-gain="{gain:.4f}"><h3>{_text(row["name"])}</h3>'
         f"<p>{_text(row['task'])}: <q>{_text(row['instruction'])}</q></p>"
         f'<div class="pictures">{figures}</div><details><summary>All scores</summary>'
-        f'<div class="wide" tabindex="0">{_table("row", shown, {"": lines})}</div></details></article>\n'
+        f'<div class="wide" tabindex="0">{_table(shown, {"": lines})}</div></details></article>\n'
     )
 
 
@@ -205,24 +205,21 @@ def _rounded(value: float | None, metric: Metric) -> float | None:
     return round(value, metric.decimals + 1) if value is not None and math.isfinite(value) else None
 
 
-def _data(images: dict, kinds: list[str], models: list[str], shown: list[Metric]) -> str:
+def _data(images: dict, titles: dict[str, str], models: list[str], shown: list[Metric]) -> str:
     """What the page's script sorts and filters, as JSON that cannot end the <script> around it.
 
-    "images": [name, place of its task, place of its instruction]; "scores": metric -> image -> row kind -> number.
+    "images": [name, task, place of its instruction]; "scores": metric -> image -> row -> number, the input's first.
     """
-    tasks, instructions, scores = {}, {}, {metric.name: [] for metric in shown}
-    listed = []
+    instructions, scores, listed = {}, {metric.name: [] for metric in shown}, []
     for name, of in list(images.items())[:TABLE_IMAGES]:
-        about = of["identity"]
-        task = tasks.setdefault(_short(about["task"]), len(tasks))
-        listed.append([_short(name), task, instructions.setdefault(_short(about["instruction"]), len(instructions))])
+        place = instructions.setdefault(_short(of[IDENTITY]["instruction"]), len(instructions))
+        listed.append([_short(name), _short(of[IDENTITY]["task"]), place])
         for metric in shown:
-            scores[metric.name].append([_rounded(of[kind].get(metric.name), metric) for kind in kinds])
+            scores[metric.name].append([_rounded(of[label].get(metric.name), metric) for label in titles])
     data = {
-        "kinds": [[kind, _short(KINDS.get(kind, kind))] for kind in kinds],
+        "rows": list(map(_short, titles.values())),
         "labels": ["input", "target", *map(_short, models)],
-        "metrics": [[metric.name, metric.label, metric.unit, metric.decimals] for metric in shown],
-        "tasks": list(tasks),
+        "metrics": [[metric.name, metric.title, metric.decimals] for metric in shown],
         "instructions": list(instructions),
         "images": listed,
         "scores": scores,

@@ -27,6 +27,10 @@ class Setting(NamedTuple):
     guidance_scale: float
     scheduler: str | None = None  # a key of SCHEDULERS; None is the pipeline's own
 
+    @classmethod
+    def of(cls, record: dict) -> "Setting":
+        return cls(*(record[name] for name in cls._fields))
+
     def __str__(self) -> str:
         return f"{self.guidance_scale:g}/{self.image_guidance_scale:g}/{self.steps} {self.scheduler or 'own'}"
 
@@ -65,4 +69,4 @@ def choose_setting(found: dict, instruction: str) -> tuple[str, Setting]:
     known = (name for name, task in found["tasks"].items() if text in map(str.casefold, task["instructions"]))
     name = next(known, "all")
     entry = found["all"] if name == "all" else found["tasks"][name]
-    return name, Setting(*(entry[field] for field in Setting._fields))
+    return name, Setting.of(entry)

@@ -6,6 +6,7 @@ Intervals are 95% percentile bootstrap intervals of the mean over images, drawn 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from instruct_pix2pix.evaluation import perceptual
-from instruct_pix2pix.evaluation.edits import IDENTITY
+from instruct_pix2pix.evaluation.edits import IDENTITY, MODEL
 from instruct_pix2pix.evaluation.metrics import METRICS, pixel_scores
 from instruct_pix2pix.images import read_image
 
@@ -27,7 +28,7 @@ WIDTH = 120  # of the terminal's table
 
 
 def score(
-    output_dir: Path, samples: list[Sample], labels: list[str], protocol: Protocol, device: str
+    output_dir: Path, samples: list[Sample], labels: Iterable[str], protocol: Protocol, device: str
 ) -> tuple[list[dict], dict[str, str]]:
     """Measure the PNG files of every row: one {"name", "task", "model", "instruction", <metric>: value} for an image of
     a row; and the metrics that cannot be had, each with the reason."""
@@ -52,111 +53,101 @@ def score(
     return rows, skipped
 
 
-def add_fid(summary: dict, output_dir: Path, samples: list[Sample], device: str) -> None:
+def add_fid(models: dict[str, dict], output_dir: Path, samples: list[Sample], device: str) -> None:
     """Add to the means over all of every row its FID, which is of all images together and has no interval."""
 
     def images(folder: str):
         return (np.asarray(read_image(output_dir / folder / f"{sample.name}.png")) for sample in samples)
 
-    for label, of in summary["models"].items():
+    for label, of in models.items():
         value = perceptual.fid(images("input" if label == IDENTITY else label), images("target"), device)
         of["all"]["fid"] = {"mean": round(value, DIGITS), "low": None, "high": None}
 
 
-def interval(values: np.ndarray) -> dict:
-    """{"mean", "low", "high"} of N values; no ends where there is one value."""
+def interval(values: np.ndarray) -> dict | None:
+    """{"mean", "low", "high"} of those of N values that are finite; without ends of one, and None of none."""
     from scipy.stats import bootstrap
 
-    found = {"mean": float(values.mean()), "low": None, "high": None}
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    found = {"mean": values.mean(), "low": None, "high": None}
     if len(values) > 1:
         drawn = bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=100, method="percentile", rng=0)
-        found |= {"low": float(drawn.confidence_interval.low), "high": float(drawn.confidence_interval.high)}
-    return {key: value if value is None else round(value, DIGITS) for key, value in found.items()}
+        found |= {"low": drawn.confidence_interval.low, "high": drawn.confidence_interval.high}
+    return {key: value if value is None else round(float(value), DIGITS) for key, value in found.items()}
 
 
-def summarize(rows: list[dict], models: list[str]) -> dict:
-    """{"models": every row's means, over all and by task; "differences": of each model from the input, and of each
-    later one from the first, image by image}. `models` are the labels of `rows` that are models."""
+def summarize(rows: list[dict], kinds: dict[str, str]) -> dict[str, dict]:
+    """{label: {"kind": its kind, "all": {"images", <metric>: interval}, "tasks": {task: the same}}}; a model also with
+    "minus": {label: the same of the differences image by image} from the input, and from the first model.
+
+    `kinds` are the labels of `rows` with their kinds, in the order of the tables."""
     metrics = [name for name in METRICS if any(name in row for row in rows)]
-    labels, tasks = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "task"))
-    tasks = ["all", *sorted(task for task in tasks if task != "all")]
-    values = {}  # (task, label, metric) -> one value an image, the same images for every label
-    for row in rows:
-        for task in {"all", row["task"]}:
-            for metric in metrics:
-                values.setdefault((task, row["model"], metric), []).append(row.get(metric, np.nan))
+    of = {label: [row for row in rows if row["model"] == label] for label in kinds}  # the same images for each
+    task_of = np.array([row["task"] for row in of[IDENTITY]])
+    tasks = ["all", *sorted(set(task_of) - {"all"})]
 
-    def mean(task: str, metric: str, label: str, minus: str | None = None) -> dict[str, dict]:
-        """{metric: interval}, empty where no image has this metric."""
-        numbers = np.array(values[task, label, metric])
-        if minus is not None:
-            numbers = numbers - values[task, minus, metric]
-        numbers = numbers[np.isfinite(numbers)]
-        return {metric: interval(numbers)} if len(numbers) else {}
-
-    summary = {"models": {}, "differences": []}
-    for label in labels:
-        of = {}
+    def means(label: str, minus: str | None = None) -> dict:
+        found = {}
         for task in tasks:
-            of[task] = {"images": sum(row["model"] == label and task in ("all", row["task"]) for row in rows)}
+            chosen = (task_of == task) | (task == "all")
+            found[task] = {"images": int(chosen.sum())}
             for metric in metrics:
-                of[task] |= mean(task, metric, label)
-        summary["models"][label] = {"all": of.pop("all"), "tasks": of}
-    for place, label in enumerate(models):
-        for minus in dict.fromkeys((IDENTITY, models[0]) if place else (IDENTITY,)):
-            for task in tasks if label != IDENTITY else ():
-                for metric in metrics:
-                    for found in mean(task, metric, label, minus).values():
-                        about = {"of": label, "minus": minus, "task": task, "metric": metric}
-                        summary["differences"].append(about | found)
+                numbers, *others = ([row.get(metric, np.nan) for row in of[side]] for side in (label, minus) if side)
+                if mean := interval(np.subtract(numbers, *others or [0])[chosen]):
+                    found[task][metric] = mean
+        return {"all": found.pop("all"), "tasks": found}
+
+    models = [label for label, kind in kinds.items() if kind == MODEL]
+    summary = {label: {"kind": kind} | means(label) for label, kind in kinds.items()}
+    for label in models:
+        others = [IDENTITY, models[0]] if label != models[0] else [IDENTITY]
+        summary[label]["minus"] = {minus: means(label, minus) for minus in others}
     return summary
 
 
-def table(summary: dict) -> list[str]:
-    """The lines of the terminal's table, WIDTH columns wide: over all every metric, by task those that fit beside each
-    other."""
-    models, lines = summary["models"], []
-    for task in ("all", *next(iter(models.values()))["tasks"]):
-        groups = {label: of["all"] if task == "all" else of["tasks"][task] for label, of in models.items()}
-        cells = {}  # (label, what is taken from it) -> {metric: text}
-        for label, group in groups.items():
-            cells[label, ""] = {name: _cell(name, group[name]) for name in METRICS if name in group}
-            for entry in summary["differences"]:
-                if (entry["of"], entry["task"]) == (label, task):
-                    cell = {entry["metric"]: _cell(entry["metric"], entry, "+")}
-                    cells[label, entry["minus"]] = cells.get((label, entry["minus"]), {}) | cell
-        titles = {key: _short(f"  minus {key[1]}" if key[1] else key[0]) for key in cells}
-        count = next(iter(groups.values()))["images"]
-        heading = _short(f"{task}, {count} image{'s' * (count != 1)}")
-        first = max(map(len, [heading, *titles.values()]))
-        blocks, room = [], 0  # of metrics beside each other, each with the width of its column
-        for name in METRICS:
-            texts = [_title(name), *(cell[name] for cell in cells.values() if name in cell)]
-            if len(texts) > 1:
-                width = max(map(len, texts)) + 2
-                room -= width
-                if room < 0:
-                    blocks.append({})
-                    room = WIDTH - first - width
-                blocks[-1][name] = width
-        for block in blocks if task == "all" else blocks[:1]:
-            lines += ["", heading.ljust(first) + "".join(_title(name).rjust(width) for name, width in block.items())]
-            for key, title in titles.items():
-                texts = (cells[key].get(name, "").rjust(width) for name, width in block.items())
-                lines.append((title.ljust(first) + "".join(texts)).rstrip())
+def of_task(of: dict, task: str) -> dict:
+    """What `summarize` says of a row over the images of a task, or over "all"."""
+    return of["all"] if task == "all" else of["tasks"][task]
+
+
+def table(models: dict[str, dict]) -> list[str]:
+    """The lines of the terminal's table of what `summarize` gives: over all every metric, by task those that fit beside
+    each other."""
+    lines = []
+    for task in ("all", *models[IDENTITY]["tasks"]):
+        shown = [
+            metric for metric in METRICS.values() if any(metric.name in of_task(of, task) for of in models.values())
+        ]
+        count = of_task(models[IDENTITY], task)["images"]
+        rows = [[f"{task}, {count} image{'s' * (count != 1)}", *(metric.title for metric in shown)]]
+        for label, of in models.items():
+            minus = {f"  minus {other}": (found, "+") for other, found in of.get("minus", {}).items()}
+            for title, (found, sign) in {label: (of, ""), **minus}.items():
+                found = of_task(found, task)
+                rows.append([title, *(cell(found.get(metric.name), metric.decimals, sign) for metric in shown)])
+        for block in aligned(rows)[: None if task == "all" else 1]:
+            lines += ["", *block]
     return lines[1:]
 
 
-def _short(title: str) -> str:
-    return title if len(title) <= 34 else f"{title[:33]}…"
+def aligned(rows: list[list[str]]) -> list[list[str]]:
+    """A table's rows as lines, the first column to the left, in blocks of the columns that WIDTH has room for."""
+    rows = [[first if len(first) <= 34 else f"{first[:33]}…", *others] for first, *others in rows]
+    first, *widths = (max(map(len, column)) + 2 for column in zip(*rows, strict=True))
+    blocks, room = [], 0
+    for column, width in enumerate(widths, 1):
+        if width > room:
+            blocks.append([row[0].ljust(first) for row in rows])
+            room = WIDTH - first
+        blocks[-1] = [line + row[column].rjust(width) for line, row in zip(blocks[-1], rows, strict=True)]
+        room -= width
+    return [[line.rstrip() for line in block] for block in blocks]
 
 
-def _title(name: str) -> str:
-    metric = METRICS[name]
-    return f"{metric.label}{f' {metric.unit}' if metric.unit else ''} {'↑' if metric.better == 'higher' else '↓'}"
-
-
-def _cell(name: str, found: dict, sign: str = "") -> str:
-    digits = METRICS[name].decimals
-    ends = "" if found["low"] is None else f" [{found['low']:{sign}.{digits}f}, {found['high']:{sign}.{digits}f}]"
-    return f"{found['mean']:{sign}.{digits}f}{ends}"
+def cell(found: dict | None, digits: int, sign: str = "") -> str:
+    """An `interval` as text, empty where there is none."""
+    ends = ("mean", "low", "high") if found else ()
+    mean, *ends = [f"{found[end]:{sign}.{digits}f}" for end in ends if found[end] is not None] or [""]
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
