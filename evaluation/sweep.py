@@ -13,36 +13,30 @@ figure of InstructPix2Pix (how much is edited against how much is kept), seconds
 """
 
 import argparse
-import hashlib
 import itertools
 import json
-import math
 import statistics
 import time
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, Parser, RowError, UserError, guidance, run, warn, whole_number
 from instruct_pix2pix.data.sources import add_source_flags, source_of
-from instruct_pix2pix.edit_folder import make_batches, model_fingerprint, noise_seed
+from instruct_pix2pix.edit_folder import make_batches
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, SETTINGS_FILE, Setting, scheduler_name
 from instruct_pix2pix.files import check_folder, fingerprint, for_others, naming, write_json_lines, written_whole
+from instruct_pix2pix.records import model_fingerprint, noise_seed
 
 if TYPE_CHECKING:
-    from PIL import Image
+    import numpy as np
 
 USUAL = Setting(editing.NUM_INFERENCE_STEPS, editing.IMAGE_GUIDANCE_SCALE, editing.GUIDANCE_SCALE)
-
-
-class Row(NamedTuple):
-    task: str
-    instruction: str
-    image: "Image.Image"  # (W, H), as `target`
-    target: "Image.Image"
+# The two axes of the trade-off. Similarities of CLIP, as in the paper's figure, belong here and in `scores`.
+TRADE_OFF = {"psnr": "PSNR to the target in dB: follows", "psnr_to_input": "PSNR to the input in dB: keeps"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -89,61 +83,28 @@ def grid(args: argparse.Namespace, own: str) -> list[Setting]:
     return list(dict.fromkeys(settings))
 
 
-def read_rows(
-    args: argparse.Namespace, split: str, most: int, known: dict[str, dict] | None = None
-) -> tuple[list[Row], dict[str, dict]]:
-    """The first `most` rows of each task, with `known` instructions of it instead of their own, where given; and all of
-    each task's own instructions, as keys in their order."""
-    from instruct_pix2pix.data.triples import load_triples, open_pair
+def read_split(args: argparse.Namespace, splits: list[str], known: dict | None) -> tuple[str, list[dict], dict]:
+    """The first of the splits that is there, its rows as edits.read_rows gives them, and each task's instructions."""
+    from instruct_pix2pix.data.triples import load_triples
+    from instruct_pix2pix.evaluation import edits, protocols
 
-    triples = load_triples(replace(source_of(args, "--dataset"), split=split))
-    rows, wordings = defaultdict(list), defaultdict(dict)
-    for index, task in zip(triples.indices.tolist(), triples.tasks(), strict=True):
-        if index in triples.bad:
-            continue
+    for split, other in itertools.pairwise([*splits, None]):
         try:
-            choice = triples.instructions(index)
-            wordings[task] |= dict.fromkeys(choice)
-            if len(rows[task]) < most:
-                if known is not None and not (choice := list(known.get(task, ()))):
-                    raise UserError(f"--wordings_from: {args.wordings_from} has no instruction for the task {task}")
-                pair = (editing.fit_image(image, args.resolution, 1) for image in open_pair(triples, index)[1:])
-                rows[task].append(Row(task, choice[index % len(choice)], *pair))
-        except RowError as error:
-            if args.on_bad_row == "error":
-                raise
-            triples.leave_out([(error.row, error.reason)])
-    if most and not any(rows.values()):
-        raise UserError(f"{triples.source}: none of {len(triples)} rows of {split} can be used; name another --split")
-    return [row for task in rows.values() for row in task], wordings
-
-
-def read_split(args: argparse.Namespace, known: dict[str, dict] | None) -> tuple[str, list[Row], dict[str, dict]]:
-    """--split with what `read_rows` gives, or in place of a validation split that is not there, test or train."""
-    others = ["test", "train"] if args.split == "validation" else []
-    for split, other in itertools.pairwise([args.split, *(name for name in others if name != args.test_split), None]):
-        try:
-            return split, *read_rows(args, split, args.images_per_task, known)
-        except RowError:
-            raise
+            triples = load_triples(replace(source_of(args, "--dataset"), split=split))
         except UserError as error:
-            if other is None:
+            if other is None or isinstance(error, RowError):
                 raise
             warn(f"{error}; --split {other} is tried")
+        else:
+            rows = list(edits.read_rows(triples, args, protocols.PLAIN, known, args.images_per_task))
+            return split, rows, edits.wordings_by_task(triples)
 
 
-def scores(edited: "Image.Image", row: Row) -> dict[str, float]:
-    """How close an edit is to its target, and to its input: the two axes of the trade-off. Similarities of CLIP, as in
-    the paper's figure, belong here, with their names in TRADE_OFF."""
-    import numpy as np
-
+def scores(edited: "np.ndarray", row: dict) -> dict[str, float]:
+    """How close an edit is to its target, and to its input."""
     from instruct_pix2pix.evaluation.metrics import psnr
 
-    image, target, edited = map(np.asarray, (row.image, row.target, edited))
-    return {"psnr": round(psnr(edited, target), 4), "psnr_to_input": round(psnr(edited, image), 4)}
-
-
-TRADE_OFF = {"psnr": "PSNR to the target in dB: follows", "psnr_to_input": "PSNR to the input in dB: keeps"}
+    return {"psnr": round(psnr(edited, row["target"]), 4), "psnr_to_input": round(psnr(edited, row["input"]), 4)}
 
 
 def append(path: Path, records: list[dict]) -> None:
@@ -151,27 +112,31 @@ def append(path: Path, records: list[dict]) -> None:
         file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def measure(pipeline, rows: list[Row], settings: list[Setting], path: Path, args) -> dict[Setting, list[dict]]:
-    """The results of every setting, a list in the rows' order, each of them a line of `path`; what is there already is
-    not made again. {"psnr": None} where the model's output was not a picture."""
+def read(path: Path) -> list[dict]:
+    """The whole lines of a file, none where there is none."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with suppress(ValueError):  # cut short by a kill
+            found.append(json.loads(line))
+    return found
+
+
+def measure(pipeline, rows: list[dict], settings: list[Setting], path: Path, args) -> dict[Setting, dict]:
+    """The scores of each setting, {setting: {key of TRADE_OFF: (N,), in the rows' order}}, a line of `path` for a row;
+    what is there already is not made again. They are not a number where the model's output was not a picture."""
+    import numpy as np
     import torch
+    from PIL import Image
     from tqdm.auto import tqdm
 
-    digests = [hashlib.sha256(row.image.tobytes() + row.target.tobytes()).hexdigest() for row in rows]
-    seeds = [noise_seed(args.seed, hashlib.sha256(row.image.tobytes()).hexdigest()) for row in rows]
-    instructions = [row.instruction for row in rows]
-    sweep = fingerprint([model_fingerprint(args.model), args.seed, instructions, digests])
+    images = [Image.fromarray(row["input"]) for row in rows]
+    sweep = [[row[name] for name in ("instruction", "input_sha256", "target_sha256")] for row in rows]
+    sweep = fingerprint([model_fingerprint(args.model), args.seed, sweep])
     multiple = editing.size_multiple(pipeline)
-    batches = make_batches({number: row.image.size for number, row in enumerate(rows)}, multiple, args.batch_size)
-    done = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-            done[Setting(*(record[name] for name in Setting._fields)), record["row"]] = record
-        except ValueError:  # cut short by a kill
-            continue
-        if record["sweep"] != sweep:
-            raise UserError(f"--output_dir: {path} is of another model, dataset or seed; name another folder")
+    batches = make_batches({number: image.size for number, image in enumerate(images)}, multiple, args.batch_size)
+    done = {(Setting.of(record), record["row"]): record for record in read(path)}
+    if any(record["sweep"] != sweep for record in done.values()):
+        raise UserError(f"--output_dir: {path} is of another model, dataset or seed; name another folder")
     # Batches go through the model whole, as without a kill: in other company their last bits would differ.
     pieces = [(setting, batch) for setting in dict.fromkeys([*settings, *(s for s, _ in done)]) for batch in batches]
     whole = {(s, n) for s, batch in pieces if all((s, n) in done for n in batch) for n in batch}
@@ -179,68 +144,76 @@ def measure(pipeline, rows: list[Row], settings: list[Setting], path: Path, args
     write_json_lines(path, done.values())
 
     todo = [(setting, batch) for setting in settings for batch in batches if (setting, batch[0]) not in done]
-    fitted = [editing.fit_image(row.image, 0, multiple) for row in rows]
+    fitted = [editing.fit_image(image, 0, multiple) for image in images]
     latents = {batch[0]: editing.encode_images(pipeline, [fitted[n] for n in batch]) for batch in batches}
     with tqdm(total=sum(s.steps * len(batch) for s, batch in todo), desc=path.stem, unit="step") as bar:
         for setting, batch in todo:
             bar.set_postfix_str(str(setting))
-            texts, noise = ([values[n] for n in batch] for values in (instructions, seeds))
+            texts = [rows[n]["instruction"] for n in batch]
+            seeds = [noise_seed(args.seed, rows[n]["input_sha256"]) for n in batch]
             started = time.perf_counter()
             try:
-                edited = editing.edit_batch(pipeline, texts, latents[batch[0]], noise, **setting._asdict())
+                edited = editing.edit_batch(pipeline, texts, latents[batch[0]], seeds, **setting._asdict())
             except torch.OutOfMemoryError:
                 raise MemoryShortage("--batch_size: too many images for the GPU's memory; lower it and go on") from None
             seconds = round((time.perf_counter() - started) / len(batch), 5)
             for n, image in zip(batch, edited, strict=True):
                 row, values = rows[n], dict.fromkeys(TRADE_OFF)
                 if not isinstance(image, str):
-                    values = scores(editing.restore_image(image, row.image.size, 0), row)
-                about = {"task": row.task, "instruction": row.instruction, "sweep": sweep}
+                    values = scores(np.asarray(editing.restore_image(image, images[n].size, 0)), row)
+                about = {"task": row["task"], "instruction": row["instruction"], "sweep": sweep}
                 done[setting, n] = {"row": n} | setting._asdict() | values | about
             # No two runs take the same time: it has a file of its own.
             append(path.with_name("seconds.jsonl"), [setting._asdict() | {"seconds": seconds}])
             append(path, [done[setting, n] for n in batch])
             bar.update(setting.steps * len(batch))
-    return {setting: [done[setting, n] for n in range(len(rows))] for setting in settings}
+
+    def column(setting: Setting, key: str) -> np.ndarray:
+        return np.array([done[setting, n][key] for n in range(len(rows))], float)  # None becomes nan
+
+    return {setting: {key: column(setting, key) for key in TRADE_OFF} for setting in settings}
 
 
-def mean(results: dict[Setting, list[dict]], setting: Setting, numbers: list[int], key: str = "psnr") -> float:
-    """Over some of the rows; minus infinity where one of them became no picture."""
-    values = [results[setting][n][key] for n in numbers]
-    return -math.inf if None in values else statistics.fmean(values)
+def figures(results: dict[Setting, dict], rows: list[dict], task: str, setting: Setting) -> dict:
+    """What a setting is worth on the rows of a task, also beside the usual one and the input itself: means over images
+    with their intervals."""
+    import numpy as np
 
+    from instruct_pix2pix.evaluation.summary import interval
 
-def members(rows: list[Row], task: str) -> list[int]:
-    return [n for n, row in enumerate(rows) if task in ("all", row.task)]
-
-
-def figures(results: dict[Setting, list[dict]], rows: list[Row], task: str, setting: Setting) -> dict:
-    """What a setting is worth on the rows of a task, beside the usual one and the input itself."""
-    numbers = members(rows, task)
-    psnr, usual = (mean(results, s, numbers) for s in (setting, USUAL))
-    unedited = statistics.fmean(scores(rows[n].image, rows[n])["psnr"] for n in numbers)
+    chosen = members(rows, task)
+    psnr, usual = results[setting]["psnr"][chosen], results[USUAL]["psnr"][chosen]
+    unedited = np.array([scores(rows[n]["input"], rows[n])["psnr"] for n in chosen])
     values = {"psnr": psnr, "over_usual": psnr - usual, "over_input": psnr - unedited}
-    return {"images": len(numbers)} | {key: round(value, 2) for key, value in values.items()}
+    return {"images": len(chosen)} | {key: interval(value) for key, value in values.items()}
+
+
+def members(rows: list[dict], task: str) -> list[int]:
+    return [n for n, row in enumerate(rows) if task in ("all", row["task"])]
 
 
 def print_table(found: dict, key: str, split: str) -> None:
-    print(f"\nsplit {split:30}images  setting{'':21}PSNR  over {USUAL}  over the input")
+    from instruct_pix2pix.evaluation.summary import aligned, cell
+
+    names = {"psnr": "PSNR", "over_usual": f"over {USUAL}", "over_input": "over the input"}
+    lines = [[f"split {split}", "images", "setting", *names.values()]]
     for task, entry in {"all": found["all"], **found["tasks"]}.items():
         if values := entry.get(key):
-            setting = Setting(*(entry[name] for name in Setting._fields))
-            over = f"{values['over_usual']:+18.2f}{values['over_input']:+16.2f}"
-            print(f"{task[:34]:34}{values['images']:8}  {setting!s:26}{values['psnr']:6.2f}{over}")
+            texts = [cell(values[name], 2, "+" if "over" in name else "") for name in names]
+            lines.append([task, str(values["images"]), str(Setting.of(entry)), *texts])
+    print("", *sum(aligned(lines), []), sep="\n")
 
 
-def print_few_steps(results: dict[Setting, list[dict]], rows: list[Row], best: Setting) -> None:
+def print_few_steps(means: dict[Setting, float], best: Setting) -> None:
     """What fewer steps cost by each scheduler, each at its best scales."""
-    means = {setting: mean(results, setting, members(rows, "all")) for setting in results}
-    names = list(dict.fromkeys(setting.scheduler for setting in results))
-    print(f"\ndB against {best}, each at its best scales\nsteps" + "".join(f"{name or 'own':>16}" for name in names))
-    for steps in sorted({setting.steps for setting in results}):
+    from instruct_pix2pix.evaluation.summary import aligned
+
+    names = list(dict.fromkeys(setting.scheduler for setting in means))
+    lines = [["steps", *(name or "own" for name in names)]]
+    for steps in sorted({setting.steps for setting in means}):
         alike = [[means[s] for s in means if (s.steps, s.scheduler) == (steps, name)] for name in names]
-        cells = [f"{max(values) - means[best]:+16.2f}" if values else f"{'':16}" for values in alike]
-        print(f"{steps:5}" + "".join(cells))
+        lines.append([str(steps), *(f"{max(values) - means[best]:+.2f}" if values else "" for values in alike)])
+    print(f"\ndB against {best}, each at its best scales", *sum(aligned(lines), []), sep="\n")
 
 
 def plot(path: Path, title: str, axes: tuple[str, str], lines: dict[str, list[tuple[float, float, str]]]) -> None:
@@ -259,20 +232,18 @@ def plot(path: Path, title: str, axes: tuple[str, str], lines: dict[str, list[tu
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def plot_all(results: dict[Setting, list[dict]], rows: list[Row], best: Setting, folder: Path) -> None:
-    numbers, curves, costs, times = members(rows, "all"), defaultdict(list), defaultdict(list), defaultdict(list)
+def plot_all(results: dict[Setting, dict], best: Setting, folder: Path) -> None:
+    curves, costs, times = defaultdict(list), defaultdict(list), defaultdict(list)
     most = max(setting.steps for setting in results if setting.scheduler == best.scheduler)
-    for line in (folder / "seconds.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        times[Setting(*(record[name] for name in Setting._fields))].append(record["seconds"])
+    for record in read(folder / "seconds.jsonl"):
+        times[Setting.of(record)].append(record["seconds"])
     for setting in sorted(results, key=lambda setting: setting[:3]):
-        point = [mean(results, setting, numbers, key) for key in TRADE_OFF]
-        if math.isfinite(min(point)):
-            if (setting.steps, setting.scheduler) == (most, best.scheduler):
-                curves[f"guidance {setting.guidance_scale:g}"].append((*point, f"{setting.image_guidance_scale:g}"))
-            if setting[1:3] == best[1:3]:
-                seconds = statistics.median(times[setting])
-                costs[setting.scheduler or "own"].append((seconds, point[0], str(setting.steps)))
+        point = [float(results[setting][key].mean()) for key in TRADE_OFF]  # one that is not a number is not drawn
+        if (setting.steps, setting.scheduler) == (most, best.scheduler):
+            curves[f"guidance {setting.guidance_scale:g}"].append((*point, f"{setting.image_guidance_scale:g}"))
+        if setting[1:3] == best[1:3]:
+            seconds = statistics.median(times[setting])
+            costs[setting.scheduler or "own"].append((seconds, point[0], str(setting.steps)))
     about = f"{most} steps, scheduler {best.scheduler or 'own'}; beside each point its image guidance"
     plot(folder / "trade_off.png", about, tuple(TRADE_OFF.values()), curves)
     about = f"guidance {best.guidance_scale:g} / {best.image_guidance_scale:g}; beside each point its steps"
@@ -286,60 +257,60 @@ def main(argv: list[str] | None = None) -> None:
     for flag, place in (("--output_dir", output_dir), ("--model", folder)):
         check_folder(flag, place)
     editing.check_model(args.model, "--model")
-    import datasets
-    import diffusers
-    import transformers
+    import numpy as np
 
     from instruct_pix2pix import publishing
+    from instruct_pix2pix.evaluation import edits
 
-    datasets.disable_progress_bars()  # one bar at a time, ours
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    known = read_rows(args, args.wordings_from, 0)[1] if args.wordings_from else None
-    split, rows, wordings = read_split(args, known)
-    held_out, others = [], {}
-    if args.test_split:
-        held_out, others = read_rows(args, args.test_split, args.images_per_task, known)
+    edits.one_progress_bar()
+    known = edits.known_wordings(args)
+    others = [name for name in ("test", "train") if args.split == "validation" and name != args.test_split]
+    split, rows, wordings = read_split(args, [args.split, *others], known)
+    _, held_out, held_out_wordings = read_split(args, [args.test_split], known) if args.test_split else ("", [], {})
     pipeline = editing.load_pipeline(args.model, "--model", safety_checker=None)
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = grid(args, type(pipeline.scheduler).__name__)
     print(f"{len(settings)} settings, {len(rows)} images of {split}")
     results = measure(pipeline, rows, settings, output_dir / "results.jsonl", args)
-    tasks = dict.fromkeys(["all", *(row.task for row in rows)])
-    best, entries = {}, {}
+    tasks, best, means = dict.fromkeys(["all", *(row["task"] for row in rows)]), {}, {}
     for task in tasks:
-        ranked = [(mean(results, setting, members(rows, task)), -setting.steps, setting) for setting in settings]
-        psnr, _, best[task] = max(ranked, key=lambda entry: entry[:2])  # among equals the fewest steps
-        if not math.isfinite(psnr):
+        of_task = {setting: float(results[setting]["psnr"][members(rows, task)].mean()) for setting in settings}
+        means[task] = {setting: mean for setting, mean in of_task.items() if np.isfinite(mean)}
+        if not means[task]:
             raise UserError(
                 f"--model: {args.model} gives no pictures; train with a lower --learning_rate, or with bf16"
             )
-        entries[task] = best[task]._asdict() | {"chosen_on": figures(results, rows, task, best[task])}
-        if task != "all":
-            entries[task]["instructions"] = list(wordings[task] | others.get(task, {}) | (known or {}).get(task, {}))
+        best[task] = max(means[task], key=lambda setting: (means[task][setting], -setting.steps))
+    checked = {}
     if held_out:
         chosen = list(dict.fromkeys([USUAL, *best.values()]))
         checked = measure(pipeline, held_out, chosen, output_dir / "held_out.jsonl", args)
-        for task in filter(partial(members, held_out), tasks):
-            entries[task]["held_out"] = figures(checked, held_out, task, best[task])
-    found = {"all": entries.pop("all"), "tasks": entries, "metric": "psnr"}
-    found |= {"dataset": for_others(source_of(args, "--dataset").name)}
-    found |= {
+    entries = {}
+    for task in tasks:
+        entry = entries[task] = best[task]._asdict() | {"chosen_on": figures(results, rows, task, best[task])}
+        if members(held_out, task):
+            entry["held_out"] = figures(checked, held_out, task, best[task])
+        if task != "all":
+            texts = wordings[task] | held_out_wordings.get(task, {}) | (known or {}).get(task, {})
+            entry["instructions"] = list(texts)
+    found = {
+        "all": entries.pop("all"),
+        "tasks": entries,
+        "metric": "psnr",
+        "dataset": for_others(source_of(args, "--dataset").name),
         "split": split,
         "images": len(rows),
         "held_out_split": args.test_split,
         "wordings_from": args.wordings_from,
-    }
-    found |= {
         "resolution": args.resolution,
         "seed": args.seed,
         "device": pipeline.device.type,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
     }
     publishing.recommend(folder, found)
-    plot_all(results, rows, best["all"], output_dir)
+    plot_all(results, best["all"], output_dir)
     print_table(found, "chosen_on", split)
-    print_few_steps(results, rows, best["all"])
+    print_few_steps(means["all"], best["all"])
     if held_out:
         print_table(found, "held_out", f"{args.test_split} (not chosen on)")
     print(f"\n{folder / SETTINGS_FILE}, {output_dir}/trade_off.png and {output_dir}/seconds.png written")

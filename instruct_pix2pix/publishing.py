@@ -399,9 +399,7 @@ The dataset has a licence of its own.
 
 ## Use
 
-{_advice(setting)}
-
-{code_block("python", _snippet(name, instruction, setting))}
+{_recommendation([name, instruction], setting)}
 
 ## Training
 
@@ -411,11 +409,6 @@ The dataset has a licence of its own.
 |---|---|
 {chr(10).join(lines)}
 """
-
-
-def _advice(setting: Setting) -> str:
-    text, image = setting.guidance_scale, setting.image_guidance_scale
-    return f"Recommended: guidance {text} for the instruction and {image} for the image."
 
 
 def _snippet(model: str, instruction: str, setting: Setting) -> str:
@@ -444,12 +437,18 @@ edited.save("edited.png")"""
 
 # ---- settings that a sweep found
 
-_MARK = "<!-- settings found by evaluation/sweep.py -->"
-_OUR_SNIPPET = re.compile(  # groups: model and instruction, as JSON
-    r"(?ms)^import torch\nfrom diffusers.*?^model = (.*?)$.*?"
-    r'^edited = pipeline\(\n    (.*?),$.*?^edited\.save\("edited\.png"\)$'
-)
-_OUR_ADVICE = re.compile(r"^Recommended: guidance \S+ for the instruction and \S+ for the image\.$", re.MULTILINE)
+# They stand between these lines of a card; the first goes on with what the snippet is made of, as JSON.
+_BEGIN, _END = "<!-- evaluation/sweep.py writes from here: ", "<!-- to here -->"
+
+
+def _recommendation(names: list[str], setting: Setting, table: str = "") -> str:
+    """The part of a card that a sweep writes anew: its table, and of [model, instruction] advice and a snippet."""
+    parts = [_BEGIN + json.dumps(names).replace(">", r"\u003e") + " -->"]
+    if names:
+        text, image = setting.guidance_scale, setting.image_guidance_scale
+        parts += [f"Recommended: guidance {text} for the instruction and {image} for the image."]
+        parts += [code_block("python", _snippet(*names, setting))]
+    return "\n\n".join([*parts, *filter(None, [table]), _END])
 
 
 def recommend(folder: Path, found: dict) -> None:
@@ -462,33 +461,30 @@ def recommend(folder: Path, found: dict) -> None:
 
 
 def _with_settings(card: str, found: dict) -> str:
-    def found_snippet(ours: re.Match) -> str:
-        model, instruction = map(json.loads, ours.groups())
-        return _snippet(model, instruction, choose_setting(found, instruction)[1])
+    from instruct_pix2pix.evaluation.summary import cell
 
-    card = _OUR_SNIPPET.sub(found_snippet, card)
-    card = _OUR_ADVICE.sub(_advice(choose_setting(found, "")[1]), card)
     rows = []
     for task, entry in {"all": found["all"], **found["tasks"]}.items():
-        scores = entry.get("held_out") or entry["chosen_on"]
-        cells = [as_text(task), *(entry[name] for name in ("guidance_scale", "image_guidance_scale", "steps"))]
-        cells += [entry["scheduler"] or "own"] + [f"{scores[key]:.2f}" for key in ("psnr", "over_usual", "over_input")]
+        setting, scores = Setting.of(entry), entry.get("held_out") or entry["chosen_on"]
+        cells = [as_text(task), setting.guidance_scale, setting.image_guidance_scale, setting.steps]
+        cells += [setting.scheduler or "own", cell(scores["psnr"], 2)]
+        cells += [cell(scores[key], 2, "+") for key in ("over_usual", "over_input")]
         rows.append(f"| {' | '.join(map(str, cells))} |")
-    table = f"""{_MARK}
-
-## Settings
+    table = f"""## Settings
 
 Found for {found["images"]} images of {as_text(found["dataset"])}, split {as_text(found["split"])}. PSNR in dB on the
 split {as_text(found.get("held_out_split") or found["split"])}, above guidance {editing.GUIDANCE_SCALE}
-and image guidance {editing.IMAGE_GUIDANCE_SCALE} with {editing.NUM_INFERENCE_STEPS} steps, and above the input.
+and image guidance {editing.IMAGE_GUIDANCE_SCALE} with {editing.NUM_INFERENCE_STEPS} steps, and above the input; means
+with 95% bootstrap intervals.
 
 | task | guidance | image guidance | steps | scheduler | PSNR | above these | above input |
 |---|---|---|---|---|---|---|---|
-{chr(10).join(rows)}
-
-{_MARK}"""
-    card, replaced = re.subn(f"(?s){_MARK}.*?{_MARK}", lambda _: table, card, count=1)
-    if replaced:
-        return card
-    before, heading, after = card.partition("## Training\n")
-    return before.rstrip() + "\n\n" + table + "\n" + ("\n" + heading + after if heading else "")
+{chr(10).join(rows)}"""
+    before, end, after = card.rpartition(_END)
+    before, begin, part = before.rpartition(_BEGIN)
+    if begin and end:
+        names = json.loads(part.partition(" -->")[0])
+    else:  # somebody's own card
+        names, (before, heading, after) = [], card.partition("## Training\n")
+        before, after = before.rstrip() + "\n\n", "\n" + ("\n" + heading + after if heading else "")
+    return before + _recommendation(names, choose_setting(found, names[-1] if names else "")[1], table) + after
