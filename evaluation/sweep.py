@@ -18,7 +18,6 @@ import json
 import statistics
 import time
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +26,22 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.cli import MemoryShortage, Parser, RowError, UserError, guidance, run, warn, whole_number
 from instruct_pix2pix.data.sources import add_source_flags, source_of
 from instruct_pix2pix.edit_folder import make_batches
+from instruct_pix2pix.editing import USUAL
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, SETTINGS_FILE, Setting, scheduler_name
-from instruct_pix2pix.files import check_folder, fingerprint, for_others, naming, write_json_lines, written_whole
+from instruct_pix2pix.files import (
+    check_folder,
+    fingerprint,
+    for_others,
+    naming,
+    read_json_lines,
+    write_json_lines,
+    written_whole,
+)
 from instruct_pix2pix.records import model_fingerprint, noise_seed
 
 if TYPE_CHECKING:
     import numpy as np
 
-USUAL = Setting(editing.NUM_INFERENCE_STEPS, editing.IMAGE_GUIDANCE_SCALE, editing.GUIDANCE_SCALE)
 # The two axes of the trade-off. Similarities of CLIP, as in the paper's figure, belong here and in `scores`.
 TRADE_OFF = {"psnr": "PSNR to the target in dB: follows", "psnr_to_input": "PSNR to the input in dB: keeps"}
 
@@ -112,15 +119,6 @@ def append(path: Path, records: list[dict]) -> None:
         file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def read(path: Path) -> list[dict]:
-    """The whole lines of a file, none where there is none."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with suppress(ValueError):  # cut short by a kill
-            found.append(json.loads(line))
-    return found
-
-
 def measure(pipeline, rows: list[dict], settings: list[Setting], path: Path, args) -> dict[Setting, dict]:
     """The scores of each setting, {setting: {key of TRADE_OFF: (N,), in the rows' order}}, a line of `path` for a row;
     what is there already is not made again. They are not a number where the model's output was not a picture."""
@@ -134,16 +132,16 @@ def measure(pipeline, rows: list[dict], settings: list[Setting], path: Path, arg
     sweep = fingerprint([model_fingerprint(args.model), args.seed, sweep])
     multiple = editing.size_multiple(pipeline)
     batches = make_batches({number: image.size for number, image in enumerate(images)}, multiple, args.batch_size)
-    done = {(Setting.of(record), record["row"]): record for record in read(path)}
+    done = {(Setting.of(record), record["row"]): record for record in read_json_lines(path)}
     if any(record["sweep"] != sweep for record in done.values()):
         raise UserError(f"--output_dir: {path} is of another model, dataset or seed; name another folder")
+    todo = [
+        (setting, batch) for setting in settings for batch in batches if any((setting, n) not in done for n in batch)
+    ]
     # Batches go through the model whole, as without a kill: in other company their last bits would differ.
-    pieces = [(setting, batch) for setting in dict.fromkeys([*settings, *(s for s, _ in done)]) for batch in batches]
-    whole = {(s, n) for s, batch in pieces if all((s, n) in done for n in batch) for n in batch}
-    done = {key: record for key, record in done.items() if key in whole}
-    write_json_lines(path, done.values())
+    again = {(setting, n) for setting, batch in todo for n in batch}
+    write_json_lines(path, [record for key, record in done.items() if key not in again])
 
-    todo = [(setting, batch) for setting in settings for batch in batches if (setting, batch[0]) not in done]
     fitted = [editing.fit_image(image, 0, multiple) for image in images]
     latents = {batch[0]: editing.encode_images(pipeline, [fitted[n] for n in batch]) for batch in batches}
     with tqdm(total=sum(s.steps * len(batch) for s, batch in todo), desc=path.stem, unit="step") as bar:
@@ -192,28 +190,14 @@ def members(rows: list[dict], task: str) -> list[int]:
     return [n for n, row in enumerate(rows) if task in ("all", row["task"])]
 
 
-def print_table(found: dict, key: str, split: str) -> None:
-    from instruct_pix2pix.evaluation.summary import aligned, cell
-
-    names = {"psnr": "PSNR", "over_usual": f"over {USUAL}", "over_input": "over the input"}
-    lines = [[f"split {split}", "images", "setting", *names.values()]]
-    for task, entry in {"all": found["all"], **found["tasks"]}.items():
-        if values := entry.get(key):
-            texts = [cell(values[name], 2, "+" if "over" in name else "") for name in names]
-            lines.append([task, str(values["images"]), str(Setting.of(entry)), *texts])
-    print("", *sum(aligned(lines), []), sep="\n")
-
-
-def print_few_steps(means: dict[Setting, float], best: Setting) -> None:
+def few_steps(means: dict[Setting, float], best: Setting) -> list[list[str]]:
     """What fewer steps cost by each scheduler, each at its best scales."""
-    from instruct_pix2pix.evaluation.summary import aligned
-
     names = list(dict.fromkeys(setting.scheduler for setting in means))
     lines = [["steps", *(name or "own" for name in names)]]
     for steps in sorted({setting.steps for setting in means}):
         alike = [[means[s] for s in means if (s.steps, s.scheduler) == (steps, name)] for name in names]
         lines.append([str(steps), *(f"{max(values) - means[best]:+.2f}" if values else "" for values in alike)])
-    print(f"\ndB against {best}, each at its best scales", *sum(aligned(lines), []), sep="\n")
+    return lines
 
 
 def plot(path: Path, title: str, axes: tuple[str, str], lines: dict[str, list[tuple[float, float, str]]]) -> None:
@@ -235,7 +219,7 @@ def plot(path: Path, title: str, axes: tuple[str, str], lines: dict[str, list[tu
 def plot_all(results: dict[Setting, dict], best: Setting, folder: Path) -> None:
     curves, costs, times = defaultdict(list), defaultdict(list), defaultdict(list)
     most = max(setting.steps for setting in results if setting.scheduler == best.scheduler)
-    for record in read(folder / "seconds.jsonl"):
+    for record in read_json_lines(folder / "seconds.jsonl"):
         times[Setting.of(record)].append(record["seconds"])
     for setting in sorted(results, key=lambda setting: setting[:3]):
         point = [float(results[setting][key].mean()) for key in TRADE_OFF]  # one that is not a number is not drawn
@@ -261,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from instruct_pix2pix import publishing
     from instruct_pix2pix.evaluation import edits
+    from instruct_pix2pix.evaluation.summary import aligned, sweep_table
 
     edits.one_progress_bar()
     known = edits.known_wordings(args)
@@ -309,10 +294,12 @@ def main(argv: list[str] | None = None) -> None:
     }
     publishing.recommend(folder, found)
     plot_all(results, best["all"], output_dir)
-    print_table(found, "chosen_on", split)
-    print_few_steps(means["all"], best["all"])
+    tables = {f"split {split}": sweep_table(found, "chosen_on")}
+    tables[f"dB against {best['all']}, each at its best scales"] = few_steps(means["all"], best["all"])
     if held_out:
-        print_table(found, "held_out", f"{args.test_split} (not chosen on)")
+        tables[f"split {args.test_split}, which nothing was chosen on"] = sweep_table(found, "held_out")
+    for title, cells in tables.items():
+        print("", title, *(line for block in aligned(cells) for line in block), sep="\n")
     print(f"\n{folder / SETTINGS_FILE}, {output_dir}/trade_off.png and {output_dir}/seconds.png written")
 
 

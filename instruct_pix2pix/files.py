@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from instruct_pix2pix.cli import UserError
@@ -43,6 +43,15 @@ def write_json(path: str | os.PathLike, content) -> None:
 def write_json_lines(path: str | os.PathLike, rows: Iterable) -> None:
     with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def read_json_lines(path: str | os.PathLike) -> list:
+    """What `write_json_lines` wrote, or was appended line by line: without what a kill cut short, and [] of no file."""
+    found = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
 
 
 def flush(path: str | os.PathLike) -> None:

@@ -461,24 +461,17 @@ def recommend(folder: Path, found: dict) -> None:
 
 
 def _with_settings(card: str, found: dict) -> str:
-    from instruct_pix2pix.evaluation.summary import cell
+    from instruct_pix2pix.evaluation.summary import sweep_table
 
-    rows = []
-    for task, entry in {"all": found["all"], **found["tasks"]}.items():
-        setting, scores = Setting.of(entry), entry.get("held_out") or entry["chosen_on"]
-        cells = [as_text(task), setting.guidance_scale, setting.image_guidance_scale, setting.steps]
-        cells += [setting.scheduler or "own", cell(scores["psnr"], 2)]
-        cells += [cell(scores[key], 2, "+") for key in ("over_usual", "over_input")]
-        rows.append(f"| {' | '.join(map(str, cells))} |")
+    heading, *rows = (f"| {' | '.join(map(as_text, cells))} |" for cells in sweep_table(found, "held_out", "chosen_on"))
     table = f"""## Settings
 
-Found for {found["images"]} images of {as_text(found["dataset"])}, split {as_text(found["split"])}. PSNR in dB on the
-split {as_text(found.get("held_out_split") or found["split"])}, above guidance {editing.GUIDANCE_SCALE}
-and image guidance {editing.IMAGE_GUIDANCE_SCALE} with {editing.NUM_INFERENCE_STEPS} steps, and above the input; means
-with 95% bootstrap intervals.
+Found for {found["images"]} images of {as_text(found["dataset"])}, split {as_text(found["split"])}; PSNR in dB on the
+split {as_text(found.get("held_out_split") or found["split"])}, means with 95% bootstrap intervals. A setting is the
+instruction's guidance / the image's / steps, and the scheduler.
 
-| task | guidance | image guidance | steps | scheduler | PSNR | above these | above input |
-|---|---|---|---|---|---|---|---|
+{heading}
+|---|---|---|---|---|---|
 {chr(10).join(rows)}"""
     before, end, after = card.rpartition(_END)
     before, begin, part = before.rpartition(_BEGIN)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.evaluation.settings import SETTINGS_FILE
-from instruct_pix2pix.files import file_sha256, flush, write_json_lines
+from instruct_pix2pix.files import file_sha256, flush, read_json_lines, write_json_lines
 from instruct_pix2pix.models.trained import configuration, is_checkpoint
 
 RECORD = "edits.jsonl"
@@ -48,13 +48,9 @@ def model_fingerprint(model_id: str) -> str:
 def read_records(output_dir: Path) -> dict[str, list[dict]]:
     """The records of edits.jsonl by output name, oldest first. A line cut short by a crash is left out."""
     records: dict[str, list[dict]] = {}
-    path = output_dir / RECORD
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
+    for record in read_json_lines(output_dir / RECORD):
+        if isinstance(record, dict) and "output" in record:
             records.setdefault(record["output"], []).append(record)
-        except (ValueError, KeyError, TypeError):
-            continue
     return records
 
 

@@ -114,7 +114,7 @@ def test_what_is_ignored_or_equal_runs_once():
     flags = {"guidance_scales": [0.5, 1, 7], "image_guidance_scales": [0.5, 1, 1.5], "steps": [2, 20]}
     args = Namespace(**flags, schedulers=[None, "ddim"])
     settings = sweep.grid(args, "DDIMScheduler")
-    assert settings[0] == sweep.USUAL and len(settings) == len(set(settings))
+    assert settings[0] == editing.USUAL and len(settings) == len(set(settings))
     scales = [(1.0, 1.0), (7.0, 1.0), (7.0, 1.5)]
     assert set(settings) == {Setting(steps, image, text) for steps in (2, 20) for text, image in scales}
     assert len(sweep.grid(args, "PNDMScheduler")) == 2 * len(settings)
@@ -197,7 +197,7 @@ def test_the_best_setting_of_each_task_is_recommended(swept, dataset):
         chosen = tuple(entry[name] for name in Setting._fields)
         assert np.mean(means[chosen]) == max(map(np.mean, means.values()))
         assert entry["chosen_on"]["psnr"]["mean"] == pytest.approx(np.mean(means[chosen]), abs=1e-5)
-        over = np.subtract(means[chosen], means[tuple(sweep.USUAL)])
+        over = np.subtract(means[chosen], means[tuple(editing.USUAL)])
         assert entry["chosen_on"]["over_usual"] == summary.interval(over)
         assert entry["chosen_on"]["over_usual"]["mean"] > 1  # the tiny model overshoots with guidance,
         assert entry["held_out"]["over_usual"]["low"] > 0.5  # on other photos too
@@ -282,7 +282,7 @@ def test_flags_win_over_what_is_recommended_over_defaults(recommending):
     assert setting == Setting(20, 1.0, 1.0, None) and "steps" not in said.partition(":")[2].split()
     every = ["--steps=5", "--scheduler=unipc", "--guidance_scale=4", "--image_guidance_scale=1.5"]
     assert taken("make it gray", *every) == (Setting(5, 1.5, 4.0, "unipc"), "")
-    assert editing.sampling_of(parser.parse_args([]), None, "make it gray") == (sweep.USUAL, "")
+    assert editing.sampling_of(parser.parse_args([]), None, "make it gray") == (editing.USUAL, "")
     with pytest.raises(UserError, match="--scheduler: 'dpm' is not a scheduler; give own, euler_ancestral"):
         parser.parse_args(["--scheduler=dpm"])
 
@@ -362,11 +362,8 @@ def test_the_card_keeps_its_words_and_gets_one_table(swept):
     assert card.count("## Settings") == 1 and card.startswith("# Mine\n\nMy own words.\n")
     assert card.endswith("## Training\n\n| flag | value |\n")
     gray = found["tasks"]["gray"]
-    assert re.search(
-        rf"^\| gray \| 1.0 \| 1.0 \| {gray['steps']} \| .*\| {gray['held_out']['psnr']['mean']:.2f} \[",
-        card,
-        re.MULTILINE,
-    )
+    line = rf"^\| gray \| 2 \| 1/1/{gray['steps']} .* \| {gray['held_out']['psnr']['mean']:.2f} \\\["
+    assert re.search(line, card, re.MULTILINE)
     (model / "README.md").write_text(CARD)
     for _ in range(2):
         publishing.recommend(model, found)

@@ -14,14 +14,14 @@ from string import Template
 
 from instruct_pix2pix.evaluation.edits import CEILING, IDENTITY, MODEL, THROUGH_VAE
 from instruct_pix2pix.evaluation.metrics import METRICS, Metric
-from instruct_pix2pix.evaluation.summary import of_task
+from instruct_pix2pix.evaluation.summary import by_task, cell
 from instruct_pix2pix.files import write_text
 from instruct_pix2pix.images import read_image
 
-CASES, FEWEST = 40, 12  # shown as pictures: at most, and where there are many models or scores at least
+CASES = 40  # shown as pictures, at most
 TABLE_IMAGES = 5000  # listed, at most
 PAGE_BYTES = 9_500_000  # pictures are added while the page stays below
-SIDES = (512, 384, 256)  # the longest one of a picture in pixels, the first with which FEWEST cases would fit
+SIDE = 512  # the longest one of a picture, in pixels
 LONGEST_TEXT = 300  # of a name or an instruction, in characters
 TITLES = {  # of the kinds of rows that are no model
     IDENTITY: "input (doing nothing)",
@@ -68,14 +68,11 @@ def write_report(output_dir: Path, metrics: dict, rows: list[dict]) -> None:
         "data": _data(images, titles, models, shown),
     }
     room = PAGE_BYTES - len("".join(parts.values()).encode("utf-8", "backslashreplace"))
-    cases, most = {}, room / FEWEST  # name -> HTML
+    cases = {}  # name -> HTML
     for place in range(min(len(ranked), CASES)):  # the worst, the best, the second worst, ...
         name = ranked[-1 - place // 2 if place % 2 else place // 2]
         number = list(images).index(name)
-        for side in SIDES:
-            case = _case(Path(output_dir), number, images[name], gains[name], models, titles, shown, side)
-            if len(case) <= most:
-                break
+        case = _case(Path(output_dir), number, images[name], gains[name], models, titles, shown)
         room -= len(case)
         if room < 0:
             break
@@ -103,12 +100,6 @@ def _score(value: float | None, metric: Metric, sign: str = "") -> str:
     return "–" if _rounded(value, metric) is None else f"{value:{sign}.{metric.decimals}f}".replace("-", "−")
 
 
-def _interval(found: dict | None, metric: Metric, sign: str = "") -> str:
-    """{"mean", "low", "high"} as HTML; of one image, and of a measure of the whole set such as FID, the mean only."""
-    mean, low, high = (_score((found or {}).get(end), metric, sign) for end in ("mean", "low", "high"))
-    return mean + (f"<small>{low} to {high}</small>" if low != "–" else "")
-
-
 def _table(shown: list[Metric], groups: dict[str, dict[str, list[str]]]) -> str:
     """{a group's title: {a line's heading: a cell for each of the metrics}}, the cells HTML, as a table."""
     table = '<table><thead><tr><th scope="col">row</th>'
@@ -123,40 +114,32 @@ def _table(shown: list[Metric], groups: dict[str, dict[str, list[str]]]) -> str:
 
 
 def _summary(models: dict[str, dict], titles: dict[str, str]) -> str:
-    """What `summarize` gives, over all images, then for each task where there are several. The best model of a column
-    is in bold; differences whose interval leaves zero out are marked as better or worse."""
+    """What `summarize` gives. The best model of a column is in bold; differences whose interval leaves zero out are
+    marked as better or worse."""
     shown = [metric for metric in METRICS.values() if any(metric.name in of["all"] for of in models.values())]
-    tasks, groups = models[IDENTITY]["tasks"], {}
-    for task in ["all", *(tasks if len(tasks) > 1 else ())]:
-        of = {label: of_task(row, task) for label, row in models.items()}
-        best = {}
-        for metric in shown:
-            named = [of[label] for label, row in models.items() if row["kind"] == MODEL]
-            means = [found[metric.name]["mean"] for found in named if metric.name in found]
-            best[metric.name] = (max if metric.better == "higher" else min)(means) if len(means) > 1 else None
-        lines = groups[f"{'all images' if task == 'all' else task} ({of[IDENTITY]['images']:,})"] = {}
-        for label, row in models.items():
-            bold = best if row["kind"] == MODEL else {}
-            lines[titles[label]] = [
-                _mean(of[label].get(metric.name), metric, bold.get(metric.name)) for metric in shown
-            ]
-            for other, difference in row.get("minus", {}).items():
-                found = of_task(difference, task)
-                cells = [_difference(found.get(metric.name), metric) for metric in shown]
-                lines[f"{label} minus {'input' if other == IDENTITY else other}"] = cells
+    groups = {}
+    for task, group in by_task(models).items():
+        edits = [found for label, minus, found in group if models[label]["kind"] == MODEL and minus is None]
+        lines = groups[f"{'all images' if task == 'all' else task} ({group[0][2]['images']:,})"] = {}
+        for label, minus, found in group:
+            title = titles[label] if minus is None else f"{label} minus {'input' if minus == IDENTITY else minus}"
+            lines[title] = [_mean(found, metric, minus is not None, edits) for metric in shown]
     return _table(shown, groups)
 
 
-def _mean(found: dict | None, metric: Metric, best: float | None) -> str:
-    text = _interval(found, metric)
-    return f"<b>{text}</b>" if found and found["mean"] == best else text
-
-
-def _difference(found: dict | None, metric: Metric) -> str:
-    verdict = ""
-    if found and found["low"] is not None and not found["low"] <= 0 <= found["high"]:
-        verdict = "better" if (found["low"] > 0) == (metric.better == "higher") else "worse"
-    return f'<span class="{verdict}">{_interval(found, metric, "+")}</span>'
+def _mean(found: dict, metric: Metric, is_difference: bool, edits: list[dict]) -> str:
+    """{metric: {"mean", "low", "high"}} as HTML; of one image, and of a measure of the whole set, the mean only."""
+    if (of := found.get(metric.name)) is None:
+        return "–"
+    mean, _, ends = cell(of, metric.decimals, "+" if is_difference else "").replace("-", "−").partition(" ")
+    text = mean + (f"<small>{ends}</small>" if ends else "")
+    if is_difference:
+        clear = of["low"] is not None and not of["low"] <= 0 <= of["high"]
+        verdict = ("better" if (of["low"] > 0) == (metric.better == "higher") else "worse") if clear else ""
+        return f'<span class="{verdict}">{text}</span>'
+    means = [other[metric.name]["mean"] for other in edits if metric.name in other]
+    is_best = found in edits and len(means) > 1 and of["mean"] == (max if metric.better == "higher" else min)(means)
+    return f"<b>{text}</b>" if is_best else text
 
 
 def _facts(facts: dict) -> str:
@@ -171,7 +154,7 @@ def _facts(facts: dict) -> str:
 
 
 def _case(
-    folder: Path, number: int, rows: dict, gain: float, models: list[str], titles: dict, shown: list[Metric], side: int
+    folder: Path, number: int, rows: dict, gain: float, models: list[str], titles: dict, shown: list[Metric]
 ) -> str:
     """One image: input, target and every model side by side, each with its first scores, and below them all scores."""
     row, figures = rows[IDENTITY], ""
@@ -181,7 +164,7 @@ def _case(
         said = [f"{m.label} {_score(scores.get(m.name), m)}" for m in brief if scores]
         if label in models:
             said[0] += f" ({_score(_gain(rows, label, shown[0]), shown[0], '+')})"
-        picture = _picture(folder / label / f"{row['name']}.png", label, side)
+        picture = _picture(folder / label / f"{row['name']}.png", label)
         figures += f"<figure>{picture}<figcaption><b>{_text(label)}</b>{'<br>'.join(said)}</figcaption></figure>"
     lines = {titles[label]: [_score(of.get(m.name), m) for m in shown] for label, of in rows.items()}
     return (
@@ -192,10 +175,10 @@ def _case(
     )
 
 
-def _picture(path: Path, label: str, side: int) -> str:
-    """An image file as an <img> that holds its pixels, scaled down to a longest `side`."""
+def _picture(path: Path, label: str) -> str:
+    """An image file as an <img> that holds its pixels, scaled down to SIDE."""
     image, buffer = read_image(path), io.BytesIO()
-    image.thumbnail((side, side))
+    image.thumbnail((SIDE, SIDE))
     image.save(buffer, "WEBP", quality=85)
     source = f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return f'<img src="{source}" alt="{escape(_short(label))}" width="{image.width}" height="{image.height}">'

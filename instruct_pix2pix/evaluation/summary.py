@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from instruct_pix2pix.editing import USUAL
 from instruct_pix2pix.evaluation import perceptual
 from instruct_pix2pix.evaluation.edits import IDENTITY, MODEL
 from instruct_pix2pix.evaluation.metrics import METRICS, pixel_scores
+from instruct_pix2pix.evaluation.settings import Setting
 from instruct_pix2pix.images import read_image
 
 if TYPE_CHECKING:
@@ -107,29 +109,42 @@ def summarize(rows: list[dict], kinds: dict[str, str]) -> dict[str, dict]:
     return summary
 
 
-def of_task(of: dict, task: str) -> dict:
-    """What `summarize` says of a row over the images of a task, or over "all"."""
-    return of["all"] if task == "all" else of["tasks"][task]
+def by_task(models: dict[str, dict]) -> dict[str, list[tuple[str, str | None, dict]]]:
+    """The lines of a table of what `summarize` gives, over all and for each task where there are several: (label, what
+    is taken from it or None, {"images", <metric>: interval})."""
+    tasks, groups = models[IDENTITY]["tasks"], {}
+    for task in ["all", *(tasks if len(tasks) > 1 else ())]:
+        lines = groups[task] = []
+        for label, of in models.items():
+            for minus, means in {None: of, **of.get("minus", {})}.items():
+                lines.append((label, minus, means["all"] if task == "all" else means["tasks"][task]))
+    return groups
 
 
 def table(models: dict[str, dict]) -> list[str]:
-    """The lines of the terminal's table of what `summarize` gives: over all every metric, by task those that fit beside
-    each other."""
+    """The terminal's lines of what `summarize` gives: over all every metric, by task those that fit into WIDTH."""
     lines = []
-    for task in ("all", *models[IDENTITY]["tasks"]):
-        shown = [
-            metric for metric in METRICS.values() if any(metric.name in of_task(of, task) for of in models.values())
-        ]
-        count = of_task(models[IDENTITY], task)["images"]
+    for task, group in by_task(models).items():
+        shown = [metric for metric in METRICS.values() if any(metric.name in found for _, _, found in group)]
+        count = group[0][2]["images"]
         rows = [[f"{task}, {count} image{'s' * (count != 1)}", *(metric.title for metric in shown)]]
-        for label, of in models.items():
-            minus = {f"  minus {other}": (found, "+") for other, found in of.get("minus", {}).items()}
-            for title, (found, sign) in {label: (of, ""), **minus}.items():
-                found = of_task(found, task)
-                rows.append([title, *(cell(found.get(metric.name), metric.decimals, sign) for metric in shown)])
+        for label, minus, found in group:
+            cells = (cell(found.get(metric.name), metric.decimals, "+" if minus else "") for metric in shown)
+            rows.append([f"  minus {minus}" if minus else label, *cells])
         for block in aligned(rows)[: None if task == "all" else 1]:
             lines += ["", *block]
     return lines[1:]
+
+
+def sweep_table(found: dict, *keys: str) -> list[list[str]]:
+    """The cells of what a sweep found, see settings.read_settings, heading first: of each task what it was measured on
+    by the first of `keys` that it has."""
+    rows = [["task", "images", "setting", "PSNR", f"over {USUAL}", "over the input"]]
+    for task, entry in {"all": found["all"], **found["tasks"]}.items():
+        for of in [entry[key] for key in keys if key in entry][:1]:
+            cells = cell(of["psnr"], 2), cell(of["over_usual"], 2, "+"), cell(of["over_input"], 2, "+")
+            rows.append([task, str(of["images"]), str(Setting.of(entry)), *cells])
+    return rows
 
 
 def aligned(rows: list[list[str]]) -> list[list[str]]:
