@@ -15,6 +15,7 @@ figure of InstructPix2Pix (how much is edited against how much is kept), seconds
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -173,8 +174,8 @@ def measure(pipeline, rows: list[dict], settings: list[Setting], path: Path, arg
 
 
 def figures(results: dict[Setting, dict], rows: list[dict], task: str, setting: Setting) -> dict:
-    """What a setting is worth on the rows of a task, also beside the usual one and the input itself: means over images
-    with their intervals."""
+    """What a setting is worth on the rows of a task that became pictures, also beside the usual one and the input
+    itself: means over images with their intervals."""
     import numpy as np
 
     from instruct_pix2pix.evaluation.summary import interval
@@ -183,7 +184,7 @@ def figures(results: dict[Setting, dict], rows: list[dict], task: str, setting: 
     psnr, usual = results[setting]["psnr"][chosen], results[USUAL]["psnr"][chosen]
     unedited = np.array([scores(rows[n]["input"], rows[n])["psnr"] for n in chosen])
     values = {"psnr": psnr, "over_usual": psnr - usual, "over_input": psnr - unedited}
-    return {"images": len(chosen)} | {key: interval(value) for key, value in values.items()}
+    return {"images": int(np.isfinite(psnr).sum())} | {key: interval(value) for key, value in values.items()}
 
 
 def members(rows: list[dict], task: str) -> list[int]:
@@ -222,7 +223,9 @@ def plot_all(results: dict[Setting, dict], best: Setting, folder: Path) -> None:
     for record in read_json_lines(folder / "seconds.jsonl"):
         times[Setting.of(record)].append(record["seconds"])
     for setting in sorted(results, key=lambda setting: setting[:3]):
-        point = [float(results[setting][key].mean()) for key in TRADE_OFF]  # one that is not a number is not drawn
+        point = [float(results[setting][key].mean()) for key in TRADE_OFF]
+        if not math.isfinite(sum(point)):  # not all became pictures
+            continue
         if (setting.steps, setting.scheduler) == (most, best.scheduler):
             curves[f"guidance {setting.guidance_scale:g}"].append((*point, f"{setting.image_guidance_scale:g}"))
         if setting[1:3] == best[1:3]:
@@ -241,8 +244,6 @@ def main(argv: list[str] | None = None) -> None:
     for flag, place in (("--output_dir", output_dir), ("--model", folder)):
         check_folder(flag, place)
     editing.check_model(args.model, "--model")
-    import numpy as np
-
     from instruct_pix2pix import publishing
     from instruct_pix2pix.evaluation import edits
     from instruct_pix2pix.evaluation.summary import aligned, sweep_table
@@ -260,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks, best, means = dict.fromkeys(["all", *(row["task"] for row in rows)]), {}, {}
     for task in tasks:
         of_task = {setting: float(results[setting]["psnr"][members(rows, task)].mean()) for setting in settings}
-        means[task] = {setting: mean for setting, mean in of_task.items() if np.isfinite(mean)}
+        means[task] = {setting: mean for setting, mean in of_task.items() if math.isfinite(mean)}
         if not means[task]:
             raise UserError(
                 f"--model: {args.model} gives no pictures; train with a lower --learning_rate, or with bf16"

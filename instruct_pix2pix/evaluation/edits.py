@@ -152,9 +152,8 @@ def read_rows(
     uint8, read by and by, with their hashes as "input_sha256" and "target_sha256".
 
     The pixels are training's, whole. Which of several wordings edits an image depends on its pixels, not on its place;
-    they are the row's own, or its task's of those that are `known`.
-    Rows that cannot be used are noted in `triples`, or raise RowError, as --on_bad_row says. Raises UserError, also
-    where there is no row.
+    they are the row's own, or its task's of those that are `known`. Rows that cannot be used are noted in `triples`, or
+    raise RowError, as --on_bad_row says. Raises UserError, also where no row is left.
     """
     import numpy as np
 
@@ -177,11 +176,8 @@ def read_rows(
         row = dict(zip(("input", "target"), pair, strict=True))
         row |= {f"{side}_sha256": hashlib.sha256(pixels.tobytes()).hexdigest() for side, pixels in row.items()}
         counts[task] += 1
-        yield row | {
-            "name": f"{index:06d}",
-            "task": task,
-            "instruction": choice[int(row["input_sha256"], 16) % len(choice)],
-        }
+        instruction = choice[int(row["input_sha256"], 16) % len(choice)]
+        yield {"name": f"{index:06d}", "task": task, "instruction": instruction} | row
     if not counts:
         raise UserError(f"{triples.source}: none of {len(triples)} rows can be used; row {min(triples.bad.items())}")
 
