@@ -23,7 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from instruct_pix2pix import editing
-from instruct_pix2pix.cli import Parser, UserError, run, whole_number
+from instruct_pix2pix.cli import Parser, UserError, one_progress_bar, run, whole_number
 from instruct_pix2pix.data.sources import add_source_flags, source_of
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, scheduler_name
 from instruct_pix2pix.files import check_folder, for_others, write_bytes, write_json, write_json_lines, write_text
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     from instruct_pix2pix.images import encode_image
     from instruct_pix2pix.records import finish_writes
 
-    edits.one_progress_bar()
+    one_progress_bar()
     triples = load_triples(source_of(args, "--dataset"), max_rows=args.max_samples)
     output_dir.mkdir(parents=True, exist_ok=True)
     finish_writes(output_dir)

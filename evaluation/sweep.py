@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
-from instruct_pix2pix.cli import MemoryShortage, Parser, RowError, UserError, guidance, run, warn, whole_number
+from instruct_pix2pix.cli import (
+    MemoryShortage,
+    Parser,
+    RowError,
+    UserError,
+    guidance,
+    one_progress_bar,
+    run,
+    warn,
+    whole_number,
+)
 from instruct_pix2pix.data.sources import add_source_flags, source_of
 from instruct_pix2pix.edit_folder import make_batches
 from instruct_pix2pix.editing import USUAL
@@ -248,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     from instruct_pix2pix.evaluation import edits
     from instruct_pix2pix.evaluation.summary import aligned, sweep_table
 
-    edits.one_progress_bar()
+    one_progress_bar()
     known = edits.known_wordings(args)
     others = [name for name in ("test", "train") if args.split == "validation" and name != args.test_split]
     split, rows, wordings = read_split(args, [args.split, *others], known)

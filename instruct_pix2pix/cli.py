@@ -134,3 +134,14 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's text that says something, or its type; for use inside a one-line message."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def one_progress_bar() -> None:
+    """Ours; those of the libraries go."""
+    import datasets
+    import diffusers
+    import transformers
+
+    datasets.disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

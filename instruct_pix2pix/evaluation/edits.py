@@ -117,17 +117,6 @@ def sampling(args, model: Model, tasks: Iterable[str]) -> dict[str, Setting]:
 # The dataset.
 
 
-def one_progress_bar() -> None:
-    """Ours; those of the libraries go."""
-    import datasets
-    import diffusers
-    import transformers
-
-    datasets.disable_progress_bars()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def wordings_by_task(triples: Triples) -> dict[str, dict[str, None]]:
     """All instructions of each task's rows, as keys in their order."""
     found = defaultdict(dict)

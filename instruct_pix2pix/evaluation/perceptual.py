@@ -131,13 +131,13 @@ def _load_clip(device) -> Measure:
     from transformers import CLIPModel, CLIPTokenizer
 
     model, tokenizer = _from_hub(CLIP, CLIPModel), _from_hub(CLIP, CLIPTokenizer)
-    return clip_measure(model.to(device).eval(), tokenizer, device)
+    return clip_measure(model.to(device), tokenizer, device)
 
 
 def _load_dino(device) -> Measure:
     from transformers import ViTModel
 
-    return dino_measure(_from_hub(DINO, ViTModel, add_pooling_layer=False).to(device).eval(), device)
+    return dino_measure(_from_hub(DINO, ViTModel, add_pooling_layer=False).to(device), device)
 
 
 def _from_hub(model_id: str, cls, **options):

@@ -12,17 +12,15 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import datasets
-import diffusers
 import numpy as np
 import psutil
 import torch
-import transformers
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import write_json_lines, write_text, written_whole
+from instruct_pix2pix.cli import UserError, one_progress_bar
+from instruct_pix2pix.files import read_json_lines, write_json_lines, write_text, written_whole
 from instruct_pix2pix.training.config import resolved
 from instruct_pix2pix.training.ema import ema_decay
 from instruct_pix2pix.training.loss import BANDS, sums_by_band
@@ -50,9 +48,7 @@ def set_up_logging() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING if main else logging.ERROR)
     logging.getLogger("instruct_pix2pix").setLevel(logging.INFO if main else logging.ERROR)
     datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    one_progress_bar()
 
 
 class Lines:
@@ -180,9 +176,8 @@ def write_skipped(run, gather: bool = True) -> None:
     if not run.accelerator.is_main_process or not (run.triples.skipped() or path.exists()):
         return
     earlier = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if run.first_step and path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            entry = json.loads(line)
+    for entry in read_json_lines(path) if run.first_step else []:
+        with contextlib.suppress(TypeError, KeyError):
             earlier[entry["row"]] = entry["reason"]
     bad = earlier | run.triples.bad
     entries = run.triples.left_out + [{"row": row, "reason": bad[row]} for row in sorted(bad)]
