@@ -22,7 +22,7 @@ from instruct_pix2pix.data.rows import find_rows
 from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.evaluation.metrics import psnr
 from instruct_pix2pix.models.sd import widen_conv_in
-from instruct_pix2pix.models.tiny import VOCABULARY, build_tiny_pipeline, build_tokenizer, save_pipeline
+from instruct_pix2pix.models.tiny import build_tiny_pipeline, build_tokenizer, save_pipeline
 from instruct_pix2pix.training.tiny_base import optimise, standardise_latents, to_model
 from tests.data_scripts import checksums, make_photos, pixels, plan_of, read_rows
 from tools import save_tiny_base, train_tiny_base
@@ -41,9 +41,9 @@ def fingerprint(pipeline) -> str:
     return digest.hexdigest()
 
 
-def test_every_listed_word_is_one_token_and_other_text_survives():
+def test_usual_words_are_one_token_each_and_other_text_survives():
     tokenizer = build_tokenizer()
-    for word in VOCABULARY.split():
+    for word in "make it a cartoon derain grayscale posterize watercolor windmill jpeg".split():
         ids = tokenizer(word).input_ids
         assert len(ids) == 3, word
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
@@ -64,11 +64,6 @@ def test_the_seed_decides_the_weights_and_the_callers_random_state_is_kept():
     assert torch.equal(torch.rand(1), expected)
     assert fingerprint(build_tiny_pipeline(seed=1)) == first
     assert fingerprint(build_tiny_pipeline(seed=2)) != first
-
-
-def test_other_channel_counts_are_refused():
-    with pytest.raises(ValueError, match="in_channels: 5"):
-        build_tiny_pipeline(in_channels=5)
 
 
 @pytest.mark.parametrize("in_channels", [4, 8])
@@ -212,7 +207,7 @@ def test_a_stage_learns_and_its_seed_decides_what():
 
 
 def test_scripts_say_in_one_line_what_is_missing(tmp_path):
-    with pytest.raises(UserError, match="--photos: .* has no folders train and test"):
+    with pytest.raises(UserError, match="--photos: .* has no folder train"):
         train_tiny_base.main(["--photos", str(PHOTOS / "train"), "--work_dir", str(tmp_path / "work")])
     with pytest.raises(UserError, match="--work_dir: .* has no vae.json"):
         save_tiny_base.main(["--work_dir", str(tmp_path)])
@@ -285,8 +280,8 @@ def test_recipe_runs_to_the_end(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("tiny-stable-diffusion", "tiny-instruct-pix2pix"):
         card = (tmp_path / "models" / name / "README.md").read_text()
-        assert "## Figures" in card and "| vae | 2 |" in card
-    assert "| derain |" in card
+        assert "## Figures" in card and '"vae": {\n    "updates": 2,' in card
+    assert "derain, " in card
     assert json.loads((tmp_path / "models/tiny-instruct-pix2pix/unet/config.json").read_text())["in_channels"] == 8
 
 

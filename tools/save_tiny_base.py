@@ -19,25 +19,12 @@ FILES = (
     "unguided/metrics.json",
     "guided/metrics.json",
 )
-STAGES = """
-## Figures
-
-`recipes/tiny_base.sh` on a CPU. `photos`, `cartoons`: held out, of 128 pixels, encoded and decoded, PSNR in dB.
-
-"""
 EDITS = """
-Edits of {images} held-out tiles of 128 pixels, mean PSNR against the target in dB, by `evaluation/evaluate.py`. `model`
-is without guidance (both scales 1), `guided` with guidance 7.0 and 1.5 of the image.
+
+Edits of held-out tiles of 128 pixels by `evaluation/evaluate.py`, without guidance (both scales 1), then with guidance
+7.0 and 1.5 of the image:
 
 """
-
-
-def table(rows: dict[str, dict], first: str) -> str:
-    """A markdown table: a line for each key, named in the column `first`."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    lines = [[first, *columns], ["---", *("---:" for _ in columns)]]
-    lines += [[name, *(row.get(key, "") for key in columns)] for name, row in rows.items()]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,20 +42,15 @@ def main(argv: list[str] | None = None) -> None:
     vae, base, instruct, unguided, guided = (json.loads((args.work_dir / file).read_text()) for file in FILES)
     from diffusers import DiffusionPipeline
 
+    from instruct_pix2pix.evaluation.summary import table
+    from instruct_pix2pix.files import code_block
     from instruct_pix2pix.models.tiny import save_pipeline
 
     instruct = {"updates": instruct["steps"], "seconds": round(instruct["train_seconds"])}
-
-    def psnr(metrics: dict, row: str, task: str) -> float:
-        return round(metrics["models"][row]["tasks"][task]["psnr"]["mean"], 2)
-
-    rows = {kind: kind for kind in ("identity", "identity_through_vae", "vae_ceiling")} | {"model": INSTRUCT}
-    edits, measured = {}, unguided["models"]["identity"]
-    for task in measured["tasks"]:
-        edits[task] = {column: psnr(unguided, row, task) for column, row in rows.items()}
-        edits[task]["guided"] = psnr(guided, INSTRUCT, task)
-    figures = {BASE: STAGES + table({"vae": vae, "base": base, "instruct": instruct}, "stage")}
-    figures[INSTRUCT] = figures[BASE] + EDITS.format(images=measured["all"]["images"]) + table(edits, "edit")
+    stages = code_block("json", json.dumps({"vae": vae, "base": base, "instruct": instruct}, indent=2))
+    figures = {BASE: f"\n## Figures\n\n`recipes/tiny_base.sh` on a CPU:\n\n{stages}"}
+    edits = "\n\n".join(code_block("text", "\n".join(table(metrics))) for metrics in (unguided, guided))
+    figures[INSTRUCT] = figures[BASE] + EDITS + edits
     for name in (BASE, INSTRUCT):
         pipeline = DiffusionPipeline.from_pretrained(args.work_dir / name, local_files_only=True)
         # The text encoder stays float32: transformers loads a model in the precision of its file, diffusers in float32,

@@ -1,7 +1,7 @@
 """The stages by which the tiny Stable Diffusion in assets/ was made; the library's own training needs none of this.
 
 vae     The autoencoder, on 64-pixel tiles of photos, cartoons and other edited photos. The squared error alone, no
-        perceptual or adversarial loss: what counts here is the ceiling, in dB, that it sets.
+        perceptual or adversarial loss: what counts is the ceiling, in dB, that it sets (evaluate.py's vae_ceiling).
 base    The 4-channel text-to-image UNet and its text encoder, on latents of photos captioned by their file names, half
         of them edited: "a photo of a windmill", "a photo of a windmill, make it gray".
 """
@@ -19,7 +19,6 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
@@ -27,7 +26,6 @@ from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
 from instruct_pix2pix.building.generic_edits import FUNCTIONS, WORDINGS, cut_tile, make_pair
 from instruct_pix2pix.building.photos import decode_image
 from instruct_pix2pix.data.triples import to_unit_range
-from instruct_pix2pix.evaluation.metrics import psnr
 from instruct_pix2pix.files import write_json
 from instruct_pix2pix.models.sd import tokenize
 from instruct_pix2pix.models.tiny import build_tiny_pipeline, build_tokenizer, build_vae, save_pipeline
@@ -51,16 +49,15 @@ colours and soft shapes, not objects. Image sides must be multiples of 16.
 
 
 def train(photos, args) -> None:
-    """Run the stages that `args.work_dir` does not hold yet. `photos`: building.photos.Photos with train and test."""
-    pixels = {"train": {}, "validation": {}, "test": {}}
-    for name, split in zip(photos.names, photos.splits, strict=True):
-        pixels[split or "train"][Path(name).stem] = decode_image(photos.read(name))
+    """Run the stages that `args.work_dir` does not hold yet. `photos`: building.photos.Photos with a split train."""
+    splits = zip(photos.names, photos.splits, strict=True)
+    pixels = {Path(name).stem: decode_image(photos.read(name)) for name, split in splits if split == "train"}
     stages = ("vae", train_vae), ("tiny-stable-diffusion", train_base)
     for (name, stage), steps in zip(stages, args.steps, strict=True):
         done = args.work_dir / f"{name}.json"
         if not done.exists():
             shutil.rmtree(args.work_dir / name, ignore_errors=True)
-            write_json(done, stage(pixels["train"], pixels["test"], steps, args, args.work_dir / name))
+            write_json(done, stage(pixels, steps, args, args.work_dir / name))
         print(f"{name}: {done.read_text()}")
 
 
@@ -138,18 +135,6 @@ def standardise_latents(vae: AutoencoderKL, images: torch.Tensor) -> None:
     after.weight *= deviation[None, :, None, None]
 
 
-@torch.no_grad()
-def ceiling(vae: AutoencoderKL, photos: dict) -> dict:
-    """PSNR in dB of the middle 128 pixels of the photos, and of cartoons of them, encoded and decoded: the means."""
-    squares = [np.asarray(ImageOps.fit(Image.fromarray(photo), (128, 128))) for photo in photos.values()]
-    figures = {}
-    for name, images in {"photos": squares, "cartoons": opencv_cartoonize(np.stack(squares))}.items():
-        decoded = vae.decode(vae.encode(to_model(images)).latent_dist.mode()).sample.clamp(-1, 1)
-        decoded = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        figures[f"{name} dB"] = round(float(np.mean(list(map(psnr, decoded, images)))), 2)
-    return figures
-
-
 def autoencoder_batches(photos: dict, args):
     """A function from a generator and a size B to training images, float32 (B, 3, TILE, TILE) in [-1, 1].
 
@@ -165,7 +150,7 @@ def autoencoder_batches(photos: dict, args):
     return lambda generator, size: to_model([tiles[i] for i in torch.randint(len(tiles), (size,), generator=generator)])
 
 
-def train_vae(photos: dict, held_out: dict, steps: int, args, folder: Path) -> dict:
+def train_vae(photos: dict, steps: int, args, folder: Path) -> dict:
     """Train encoder and decoder together and save the VAE to `folder`. Returns the figures.
 
     The latents that are decoded carry noise in proportion to their own spread in the batch. So neighbouring latents
@@ -185,7 +170,7 @@ def train_vae(photos: dict, held_out: dict, steps: int, args, folder: Path) -> d
     figures = optimise("vae", [vae], steps, loss_at, args.seed)
     standardise_latents(vae, batch(torch.Generator().manual_seed(args.seed), 1024))
     vae.save_pretrained(folder)
-    return figures | ceiling(vae, held_out)
+    return figures
 
 
 def caption(stem: str) -> str:
@@ -210,7 +195,7 @@ def prepare_unet(unet: nn.Module) -> None:
         nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
 
 
-def train_base(photos: dict, held_out: dict, steps: int, args, folder: Path) -> dict:
+def train_base(photos: dict, steps: int, args, folder: Path) -> dict:
     """Train the 4-channel UNet with its text encoder and save the whole pipeline to `folder`. Returns the figures."""
     pipeline, tokenizer = build_tiny_pipeline(4, args.seed), build_tokenizer()  # a used one saves its last padding
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.work_dir / "vae"))
