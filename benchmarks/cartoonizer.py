@@ -9,12 +9,9 @@ interpreter is `pip install ai-edge-litert`. The last line is JSON.
 """
 
 import json
-import time
-from pathlib import Path
 
+from benchmarks import machine, models
 from instruct_pix2pix.cli import Parser, run, whole_number
-
-ROOT = Path(__file__).parent.parent
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,25 +33,28 @@ def main(argv: list[str] | None = None) -> None:
 
     from instruct_pix2pix.building.whitebox import guided_filter, load_generator
     from instruct_pix2pix.building.whitebox_weights import read_weights
-    from instruct_pix2pix.images import read_image
 
     torch.set_num_threads(args.threads)
-    paths = sorted((ROOT / "assets/photos/train").glob("*.webp"))[: args.images]
-    photos = np.stack([np.asarray(read_image(path).resize((args.size,) * 2))[..., ::-1] for path in paths])
+    size = (args.size, args.size)
+    photos = np.stack([np.asarray(models.fitted(path, size))[..., ::-1] for path in models.PHOTOGRAPHS[: args.images]])
     photos = (photos / 127.5 - 1).astype(np.float32)  # (N, H, W, 3) BGR
     dtype = getattr(torch, args.dtype)
     generator = load_generator(read_weights(args.cartoonizer_weights), args.device, dtype)
+    outputs = {}
 
     @torch.inference_mode()
-    def run_torch(batch_size: int):
-        out = []
-        for i in range(0, len(photos), batch_size):
-            x = torch.from_numpy(photos[i : i + batch_size]).to(args.device).permute(0, 3, 1, 2).contiguous()
+    def run_torch(name: str, batch_size: int) -> None:
+        made = []
+        for batch in torch.from_numpy(photos).split(batch_size):
+            x = batch.to(args.device).permute(0, 3, 1, 2).contiguous()
             y = generator(x.to(dtype)).float()
-            out.append(guided_filter(x, y).permute(0, 2, 3, 1).cpu().numpy())
-        return np.concatenate(out)
+            made.append(guided_filter(x, y).permute(0, 2, 3, 1).cpu().numpy())
+        outputs[name] = np.concatenate(made)
 
-    runs = {f"torch, batch {size}": lambda size=size: run_torch(size) for size in args.batch_sizes}
+    sides = {}
+    for batch_size in args.batch_sizes:
+        name = f"torch, batch {batch_size}"
+        sides[name] = lambda name=name, batch_size=batch_size: run_torch(name, batch_size)
     if args.tflite:
         from ai_edge_litert.interpreter import Interpreter
 
@@ -62,27 +62,20 @@ def main(argv: list[str] | None = None) -> None:
         interpreter.allocate_tensors()
         where, to = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
 
-        def run_tflite():
-            out = []
+        def run_tflite() -> None:
+            made = []
             for photo in photos:
                 interpreter.set_tensor(where, photo[None])
                 interpreter.invoke()
-                out.append(interpreter.get_tensor(to))
-            return np.concatenate(out)
+                made.append(interpreter.get_tensor(to))
+            outputs["tflite, one by one"] = np.concatenate(made)
 
-        runs["tflite, one by one"] = run_tflite
+        sides["tflite, one by one"] = run_tflite
 
-    outputs = {name: function() for name, function in runs.items()}  # a first round to warm up
-    seconds = dict.fromkeys(runs, float("inf"))
-    for _ in range(args.rounds):
-        for name, function in runs.items():  # in turns, so that a busy moment of the machine hits all alike
-            start = time.perf_counter()
-            function()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    speeds = {name: len(photos) / value for name, value in seconds.items()}
+    speeds = {name: len(photos) / min(times) for name, times in machine.seconds_in_turns(sides, args.rounds).items()}
     for name, speed in speeds.items():
         print(f"{name:20} {speed:8.2f} images/s")
-    reference = outputs[next(iter(outputs))]
+    first = next(iter(outputs.values()))
     result = {
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
         "dtype": args.dtype,
@@ -90,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         "threads": args.threads,
         "torch": torch.__version__,
         "images_per_second": {name: round(speed, 3) for name, speed in speeds.items()},
-        "max_difference": {name: float(np.abs(out - reference).max()) for name, out in outputs.items()},
+        "max_difference": {name: float(np.abs(made - first).max()) for name, made in outputs.items()},
     }
     if args.tflite:
         best = max((name for name in speeds if name.startswith("torch")), key=speeds.get)

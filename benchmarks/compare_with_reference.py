@@ -24,25 +24,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import machine, models
+from benchmarks import machine, models, reference
 from instruct_pix2pix import cli
 
 IMAGES = 8  # per update
+AT_ONCE = ["--train_batch_size=8", "--center_crop"]
+IN_PARTS = ["--train_batch_size=2", "--gradient_accumulation_steps=4", "--random_flip"]
 COMPARISONS = {  # name: flags of the reference, flags of this project
-    "identical": (["--train_batch_size=8", "--center_crop"],) * 2,
-    "identical_uncached": (
-        ["--train_batch_size=8", "--center_crop"],
-        ["--train_batch_size=8", "--center_crop", "--no-cache_latents"],
-    ),
+    "identical": (AT_ONCE, AT_ONCE),
+    "identical_uncached": (AT_ONCE, [*AT_ONCE, "--no-cache_latents"]),
     "recipe": (
-        ["--train_batch_size=2", "--gradient_accumulation_steps=4", "--gradient_checkpointing", "--random_flip"],
-        [
-            "--train_batch_size=2",
-            "--gradient_accumulation_steps=4",
-            "--max_micro_batch_size=auto",
-            "--random_flip",
-            "--cached_crops=4",
-        ],
+        [*IN_PARTS, "--gradient_checkpointing"],
+        [*IN_PARTS, "--max_micro_batch_size=auto", "--cached_crops=4"],
     ),
 }
 WARM_UP = 10  # updates before the clock counts; this project's log writes a line for every ten
@@ -51,7 +44,7 @@ WARM_UP = 10  # updates before the clock counts; this project's log writes a lin
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--reference", required=True, help="Your copy of diffusers' train_instruct_pix2pix.py.")
+    what.add_argument("--reference", type=reference.file, required=True, help="Your copy of the example.")
     what.add_argument("--comparisons", nargs="+", choices=COMPARISONS, default=list(COMPARISONS), help="Which ones.")
     what.add_argument("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
     what.add_argument("--resolution", type=int, help="64 for small, 128 for unet, 256 for sd15.")
@@ -62,33 +55,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--repeats", type=cli.whole_number(1), default=3, help="Runs of each side.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model, pairs and runs are kept.")
     args = parser.parse_args(argv)
-    if not Path(args.reference).is_file():
-        raise cli.UserError(f"--reference: {args.reference} is not a file")
     if args.updates < 2 * WARM_UP or args.updates % WARM_UP:
-        raise cli.UserError(
-            f"--updates: {args.updates} is not 20, 30, ...; the first ten warm up, the rest is timed in tens"
-        )
+        raise cli.UserError(f"--updates: {args.updates} is not 20, 30, ...; ten warm up, the rest is timed in tens")
     args.resolution = args.resolution or models.RESOLUTIONS[args.size]
     return args
-
-
-def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
-    return [
-        f"--pretrained_model_name_or_path={model}",
-        f"--dataset_name={data}",
-        "--original_image_column=original_image",
-        "--edit_prompt_column=edit_prompt",
-        "--edited_image_column=edited_image",
-        f"--output_dir={output_dir}",
-        f"--resolution={args.resolution}",
-        f"--max_train_steps={args.updates}",
-        f"--mixed_precision={args.mixed_precision}",
-        "--use_ema",
-        "--conditioning_dropout_prob=0.05",
-        "--learning_rate=5e-5",
-        "--lr_warmup_steps=0",
-        "--seed=0",
-    ]
 
 
 def output_of(command: list[str]) -> str:
@@ -106,7 +76,7 @@ def time_reference(args, flags: list[str]) -> float:
     return (clocks[args.updates - 1] - clocks[WARM_UP - 1]) / (args.updates - WARM_UP)
 
 
-def time_ours(args, flags: list[str], output_dir: Path) -> float:
+def time_ours(flags: list[str], output_dir: Path) -> float:
     """Seconds per update of one run of this project, from its own log."""
     output_of([sys.executable, "train_instruct_pix2pix.py", *flags, "--report_to=none"])
     lines = (output_dir / "training_log.jsonl").read_text().splitlines()
@@ -120,7 +90,15 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm.auto import tqdm
 
     folder = Path(args.folder)
-    model, data = models.model_folder(args.size, folder), models.pairs_folder(folder)
+    shared = {
+        "model": models.model_folder(args.size, folder),
+        "data": models.pairs_folder(folder),
+        "resolution": args.resolution,
+        "max_train_steps": args.updates,
+        "mixed_precision": args.mixed_precision,
+        "conditioning_dropout_prob": 0.05,
+        "learning_rate": 5e-5,
+    }
     seconds = {name: {"reference": [], "ours": []} for name in args.comparisons}
     with tqdm(total=2 * args.repeats * len(seconds), unit="run") as progress:
         for _ in range(args.repeats):
@@ -128,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
                 for side, flags in zip(("reference", "ours"), COMPARISONS[name], strict=True):
                     output_dir = folder / f"compare-{side}"
                     shutil.rmtree(output_dir, ignore_errors=True)
-                    flags = [*common_flags(args, model, data, output_dir), *flags]
+                    flags = models.common_flags(**shared, output_dir=output_dir) + flags
                     if args.compile and (name, side) == ("recipe", "ours"):
                         flags.append("--compile")
-                    timed = time_reference(args, flags) if side == "reference" else time_ours(args, flags, output_dir)
+                    timed = time_reference(args, flags) if side == "reference" else time_ours(flags, output_dir)
                     times[side].append(round(timed, 4))
                     tqdm.write(f"{name}, {side}: {timed:.3f} s", file=sys.stderr)  # kept where a later run is stopped
                     progress.update(1)

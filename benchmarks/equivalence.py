@@ -16,44 +16,21 @@ import json
 import tempfile
 from pathlib import Path
 
-from benchmarks import machine
+from benchmarks import machine, models, reference
 from instruct_pix2pix import cli
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--reference", help="Your copy of diffusers' train_instruct_pix2pix.py; needs torchvision.")
+    what.add_argument("--reference", type=reference.file, help="Your copy of the example; needs torchvision.")
     what.add_argument("--updates", type=cli.whole_number(1), default=20, help="Updates to compare.")
     what.add_argument("--batch_size", type=cli.whole_number(1), default=2, help="Images per micro-batch.")
     what.add_argument("--accumulation", type=cli.whole_number(1), default=2, help="Micro-batches per update.")
     what.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate, constant.")
     what.add_argument("--dropout", type=float, default=0.1, help="Conditioning dropout probability.")
     what.add_argument("--seed", type=int, default=0, help="Seed of this project's random streams.")
-    args = parser.parse_args(argv)
-    if args.reference is not None and not Path(args.reference).is_file():
-        raise cli.UserError(f"--reference: {args.reference} is not a file")
-    return args
-
-
-def common_flags(args, model: Path, data: Path, output_dir: Path) -> list[str]:
-    """Flags that both training scripts know, and mean the same by."""
-    return [
-        f"--pretrained_model_name_or_path={model}",
-        f"--dataset_name={data}",
-        f"--output_dir={output_dir}",
-        "--resolution=64",
-        "--use_ema",
-        f"--train_batch_size={args.batch_size}",
-        f"--gradient_accumulation_steps={args.accumulation}",
-        f"--max_train_steps={args.updates}",
-        f"--learning_rate={args.learning_rate}",
-        "--lr_scheduler=constant",
-        "--lr_warmup_steps=0",
-        f"--conditioning_dropout_prob={args.dropout}",
-        f"--seed={args.seed}",
-        "--mixed_precision=no",
-    ]
+    return parser.parse_args(argv)
 
 
 def run_ours(flags: list[str]):
@@ -138,58 +115,38 @@ def run_plainly(args, model: Path, batches: list[dict]):
         optimizer.step()
         average.step(unet.parameters())
         losses.append(sum(window) / len(window))
-    names = [name for name, _ in unet.named_parameters()]
     weights = {name: parameter.detach() for name, parameter in unet.named_parameters()}
-    return losses, weights, dict(zip(names, average.shadow_params, strict=True))
+    return losses, weights, dict(zip(weights, average.shadow_params, strict=True))
 
 
-def run_reference(args, model: Path, folder: Path, batches: list[dict], conv_in_bias):
+def run_reference(script: str, flags: dict, folder: Path, batches: list[dict], conv_in_bias):
     """The reader's copy on the very pixels and draws of `batches`; returns losses, weights, averaged weights."""
-    import datasets
     from PIL import Image
-
-    from benchmarks import reference
 
     def as_images(key):
         return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for batch in batches for pixels in batch[key]]
 
-    columns = {
-        "original_image": as_images("original"),
-        "edit_prompt": [text for batch in batches for text in batch["instructions"]],
-        "edited_image": as_images("edited"),
-    }
-    features = {"original_image": datasets.Image(), "edit_prompt": datasets.Value("string")}
-    features["edited_image"] = datasets.Image()
-    data = folder / "as_fed" / "data"
-    data.mkdir(parents=True)
-    rows = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-    rows.to_parquet(data / "train-00000-of-00001.parquet")
-
-    module = reference.load(args.reference)
+    instructions = [text for batch in batches for text in batch["instructions"]]
+    models.save_pairs(folder / "as_fed", as_images("original"), instructions, as_images("edited"))
+    module = reference.load(script)
     reference.hand_in_draws(module, batches, conv_in_bias)
-    output_dir = folder / "reference"
-    names = [f"--{name}_column={name}" for name in columns if name != "edit_prompt"]
-    flags = [
-        *common_flags(args, model, folder / "as_fed", output_dir),
-        *names,
-        "--edit_prompt_column=edit_prompt",
-        f"--checkpointing_steps={args.updates}",
-    ]
-    updates = reference.run(module, flags)
-    return [update["loss"] for update in updates], *reference.final_weights(output_dir, args.updates)
-
-
-def largest_difference(ours: dict, theirs: dict) -> float:
-    assert ours.keys() == theirs.keys()
-    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+    steps, output_dir = flags["max_train_steps"], folder / "reference"
+    flags |= {"data": folder / "as_fed", "output_dir": output_dir, "checkpointing_steps": steps}
+    updates = reference.run(module, models.common_flags(**flags))
+    return [update["loss"] for update in updates], *reference.final_weights(output_dir, steps)
 
 
 def compare(name: str, ours, theirs) -> dict:
     """Largest absolute differences of (losses, weights, averaged weights), printed and returned."""
+
+    def largest(ours: dict, theirs: dict) -> float:
+        assert ours.keys() == theirs.keys()
+        return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
     found = {
         "loss": max(abs(a - b) for a, b in zip(ours[0], theirs[0], strict=True)),
-        "weights": largest_difference(ours[1], theirs[1]),
-        "averaged_weights": largest_difference(ours[2], theirs[2]),
+        "weights": largest(ours[1], theirs[1]),
+        "averaged_weights": largest(ours[2], theirs[2]),
     }
     print(f"{name:28s}" + "".join(f"{key} {value:.2e}   " for key, value in found.items()))
     return found
@@ -199,7 +156,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     import datasets
 
-    from benchmarks.models import pairs_folder
     from instruct_pix2pix.models.tiny import build_tiny_pipeline
 
     datasets.disable_progress_bars()
@@ -207,13 +163,25 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(folder)
         model = folder / "model"
         build_tiny_pipeline(in_channels=4, seed=args.seed).save_pretrained(model)
-        data = pairs_folder(folder, rows=24, size=(96, 72))
-        *ours, batches, conv_in_bias = run_ours(common_flags(args, model, data, folder / "ours"))
+        flags = {
+            "model": model,
+            "data": models.pairs_folder(folder, rows=24, size=(96, 72)),
+            "output_dir": folder / "ours",
+            "resolution": 64,
+            "train_batch_size": args.batch_size,
+            "gradient_accumulation_steps": args.accumulation,
+            "max_train_steps": args.updates,
+            "learning_rate": args.learning_rate,
+            "conditioning_dropout_prob": args.dropout,
+            "seed": args.seed,
+            "mixed_precision": "no",
+        }
+        *ours, batches, conv_in_bias = run_ours(models.common_flags(**flags))
         print(f"largest differences over {args.updates} updates (losses from {min(ours[0]):.3f} to {max(ours[0]):.3f})")
         result = {"updates": args.updates, **machine.describe()}
         result["plain"] = compare("the update written plainly", ours, run_plainly(args, model, batches))
         if args.reference is not None:
-            theirs = run_reference(args, model, folder, batches, conv_in_bias)
+            theirs = run_reference(args.reference, flags, folder, batches, conv_in_bias)
             result["reference"] = compare("diffusers' example", ours, theirs)
     print(json.dumps(result))
 

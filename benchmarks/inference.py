@@ -13,18 +13,15 @@ not. Prints the largest difference of every image's pixels and a table, then one
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from benchmarks import machine, models
 from instruct_pix2pix import cli
 
-ROOT = Path(__file__).parent.parent
 INSTRUCTION = "turn it into a cartoon"
 
 
@@ -47,30 +44,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.resolution = args.resolution or {"sd15": 512}.get(args.size) or models.RESOLUTIONS[args.size]
     if args.resolution < 64 or args.resolution % 64:
         raise cli.UserError(f"--resolution: {args.resolution} is not a multiple of 64, which needs no padding")
-    available = len(photographs())
-    if args.images > available:
-        raise cli.UserError(f"--images: {args.images} is too many; assets/photos/train has {available}")
+    if args.images > len(models.PHOTOGRAPHS):
+        raise cli.UserError(f"--images: {args.images} is too many; assets/photos/train has {len(models.PHOTOGRAPHS)}")
     return args
 
 
-def photographs() -> list[Path]:
-    return sorted((ROOT / "assets/photos/train").glob("*.webp"))
-
-
-def square_images(folder: Path, count: int, side: int) -> Path:
-    """`count` photographs as JPEG files of side x side pixels in a folder of their own, built once."""
-    from PIL import Image, ImageOps
-
-    path = folder / f"images-{count}-{side}"
-    if not path.is_dir():
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for photo in photographs()[:count]:
-            image = ImageOps.fit(Image.open(photo).convert("RGB"), (side, side))
-            image.save(partial / f"{photo.stem}.jpg", quality=95)
-        os.replace(partial, path)
-    return path
+def square_images(folder: Path, count: int, side: int) -> list[Path]:
+    """`count` photographs as JPEG files of side x side pixels in a `folder` of their own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for photo in models.PHOTOGRAPHS[:count]:
+        models.fitted(photo, (side, side)).save(folder / f"{photo.stem}.jpg", quality=95)
+    return sorted(folder.iterdir())
 
 
 def edit_one_by_one(pipeline, args, images: dict[Path, int], output_dir: Path) -> None:
@@ -78,6 +63,8 @@ def edit_one_by_one(pipeline, args, images: dict[Path, int], output_dir: Path) -
     import torch
     from diffusers.utils import load_image
 
+    shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir()
     for path, seed in images.items():
         edited = pipeline(
             INSTRUCTION,
@@ -112,35 +99,25 @@ def main(argv: list[str] | None = None) -> dict:
 
     folder = Path(args.folder)
     model = models.model_folder(args.size, folder, in_channels=8)
-    images = square_images(folder, args.images, args.resolution)
+    images = square_images(folder / "images", args.images, args.resolution)
     plain_dir, batch_dir = folder / "inference-plain", folder / "inference-batches"
-    flags = [str(images), f"--model_id={model}", f"--output_dir={batch_dir}", f"--instruction={INSTRUCTION}"]
-    flags += ["--contact_sheet=0", f"--resolution={args.resolution}"]
-    for name in ("steps", "guidance_scale", "image_guidance_scale", "batch_size"):
+    flags = [str(folder / "images"), f"--model_id={model}", f"--output_dir={batch_dir}"]
+    flags += [f"--instruction={INSTRUCTION}", "--contact_sheet=0"]
+    for name in ("resolution", "steps", "guidance_scale", "image_guidance_scale", "batch_size"):
         flags.append(f"--{name}={getattr(args, name)}")
     ours_args = edit_images.parse_args([*flags, "--compile"] if args.compile else flags)
     plain, ours = editing.load_pipeline(str(model)), edit_folder.load_model(ours_args)
-    seeds = {path: edit_folder.noise_seed(ours_args.seed, file_sha256(path)) for path in sorted(images.iterdir())}
+    seeds = {path: edit_folder.noise_seed(ours_args.seed, file_sha256(path)) for path in images}
 
     def edit_in_batches() -> None:
+        shutil.rmtree(batch_dir, ignore_errors=True)
+        batch_dir.mkdir()
         settings, _, sizes, _, _ = edit_folder.look_through(ours_args, edit_folder.plan(ours_args))
         made, _ = edit_folder.edit_all(ours, ours_args, settings, sizes)
         assert len(made) == args.images
 
-    sides = {
-        "snippet": (plain_dir, lambda: edit_one_by_one(plain, args, seeds, plain_dir)),
-        "edit_images": (batch_dir, edit_in_batches),
-    }
-    seconds = {side: [] for side in sides}
-    for turn in range(args.repeats + 1):
-        for side, (output_dir, edit) in sides.items():
-            shutil.rmtree(output_dir, ignore_errors=True)
-            output_dir.mkdir(parents=True)
-            start = time.perf_counter()
-            edit()
-            if turn > 0:
-                seconds[side].append(round(time.perf_counter() - start, 4))
-
+    sides = {"snippet": lambda: edit_one_by_one(plain, args, seeds, plain_dir), "edit_images": edit_in_batches}
+    seconds = machine.seconds_in_turns(sides, args.repeats)
     median = {side: statistics.median(times) for side, times in seconds.items()}
     result = {
         "command": f"python -m benchmarks.inference {shlex.join(argv)}".strip(),
@@ -161,18 +138,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 def print_table(result: dict) -> None:
     device = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
-    print(f"\n{result['size']}, {result['resolution']} px, {result['steps']} steps, {result['dtype']}, {device}")
-    print(f"  {'largest difference of a pixel':40s}{'of 255':>10s}")
-    for name, difference in result["largest_differences"].items():
-        print(f"  {name:40s}{difference:10d}")
-    print(f"  {'images/s':40s}")
     batches = f"edit_images.py, batches of {result['batch_size']}{', compiled' if result['compile'] else ''}"
-    for name, side in (("snippet, one at a time", "snippet"), (batches, "edit_images")):
-        print(f"  {name:40s}{result['images_per_second'][side]:10.3f}")
-    print(f"  {'ratio':40s}{result['ratio']:10.2f}")
-    print(f"  {'ratio of the fastest turns':40s}{result['ratio_of_fastest_turns']:10.2f}")
-    print(f"{result['command']}, commit {result['commit']}")
-    print(f"Python {result['python']}, torch {result['torch']}, diffusers {result['diffusers']}, {result['date']}")
+    lines = {
+        "snippet, one at a time": f"{result['images_per_second']['snippet']:10.3f} images/s",
+        batches: f"{result['images_per_second']['edit_images']:10.3f} images/s",
+        "ratio": f"{result['ratio']:10.2f}",
+        "ratio of the fastest turns": f"{result['ratio_of_fastest_turns']:10.2f}",
+    }
+    for name, difference in result["largest_differences"].items():
+        lines[name] = f"{difference:10d} of 255 is the largest difference of a pixel"
+    print(f"\n{result['size']}, {result['resolution']} px, {result['steps']} steps, {result['dtype']}, {device}")
+    for name, value in lines.items():
+        print(f"  {name:40s}{value}")
 
 
 if __name__ == "__main__":

@@ -5,14 +5,23 @@ are replaced: the accelerator's log() notes the loss and the clock of every upda
 compute the same numbers, the random draws are handed in.
 """
 
+import argparse
 import importlib.util
 import json
 import sys
 import time
 import types
 from pathlib import Path
+from unittest.mock import patch
 
 from instruct_pix2pix import cli
+
+
+def file(path: str) -> str:
+    """An argparse type: a file that is there."""
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{path} is not a file")
+    return path
 
 
 def load(path: str):
@@ -36,25 +45,16 @@ def run(module, flags: list[str]) -> list[dict]:
             updates.append({"loss": values["train_loss"], "clock": time.perf_counter()})
 
     module.Accelerator = Accelerator
-    argv = sys.argv
-    sys.argv = [module.__file__, *flags]
-    try:
+    with patch.object(sys, "argv", [module.__file__, *flags]):
         module.main()
-    finally:
-        sys.argv = argv
     return updates
 
 
-class _Instead(types.ModuleType):
-    """A module with some names replaced, for one reader of it."""
-
-    def __init__(self, original, **replaced):
-        super().__init__(original.__name__)
-        self.__dict__.update(replaced)
-        self.__dict__["_original"] = original
-
-    def __getattr__(self, name):
-        return getattr(self.__dict__["_original"], name)
+def _instead(original: types.ModuleType, **replaced) -> types.ModuleType:
+    """A copy of a module with some names replaced, for one reader of it."""
+    copy = types.ModuleType(original.__name__)
+    copy.__dict__.update(vars(original) | replaced)
+    return copy
 
 
 def hand_in_draws(module, batches: list[dict], conv_in_bias) -> None:
@@ -67,13 +67,11 @@ def hand_in_draws(module, batches: list[dict], conv_in_bias) -> None:
     import torch
     from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
-    draws = {
-        key: iter([batch[key] for batch in batches]) for key in ("posterior_noise", "noise", "timesteps", "dropout")
-    }
+    names = "posterior_noise", "noise", "timesteps", "dropout"
+    draws = {name: iter([batch[name] for batch in batches]) for name in names}
 
-    class DataLoader(torch.utils.data.DataLoader):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **{**kwargs, "shuffle": False})
+    def in_order(*args, **kwargs):
+        return torch.utils.data.DataLoader(*args, **{**kwargs, "shuffle": False})
 
     def conv2d(*args, **kwargs):
         layer = torch.nn.Conv2d(*args, **kwargs)
@@ -84,15 +82,14 @@ def hand_in_draws(module, batches: list[dict], conv_in_bias) -> None:
         noise = next(draws["posterior_noise"])
         return posterior.mean + posterior.std * noise.to(posterior.mean)
 
-    data = _Instead(torch.utils.data, DataLoader=DataLoader)
-    module.torch = _Instead(
+    module.torch = _instead(
         torch,
-        utils=_Instead(torch.utils, data=data),
+        utils=_instead(torch.utils, data=_instead(torch.utils.data, DataLoader=in_order)),
         randn_like=lambda tensor: next(draws["noise"]).to(tensor),
         randint=lambda *args, device=None, **kwargs: next(draws["timesteps"]).to(device),
         rand=lambda *args, device=None, **kwargs: next(draws["dropout"]).to(device),
     )
-    module.nn = _Instead(torch.nn, Conv2d=conv2d)
+    module.nn = _instead(torch.nn, Conv2d=conv2d)
     DiagonalGaussianDistribution.sample = sample
 
 

@@ -8,7 +8,8 @@ First whole updates are timed undisturbed, then as many under PyTorch's profiler
 the time of their kernels) and with --operators the slowest operators. The floor is what the same arithmetic (counted)
 and the optimizer's bytes would take at the rates of one matrix product and one copy, measured on this device. Seconds
 from launch count from the start of the process, imports included; run twice, so that the cache is there the second
-time. Prints a table, then one JSON line.
+time. Further flags go to the training, such as --compile, --gradient_checkpointing or --max_micro_batch_size auto.
+Prints a table, then one JSON line.
 """
 
 import argparse
@@ -36,9 +37,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--batch_size", type=cli.whole_number(1), default=8, help="Images per micro-batch.")
     what.add_argument("--accumulation", type=cli.whole_number(1), default=1, help="Micro-batches per update.")
     what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 on a GPU, no on a CPU.")
-    what.add_argument("--gradient_checkpointing", action="store_true", help="As in training.")
-    what.add_argument("--max_micro_batch_size", help="As in training: a number, or auto.")
-    what.add_argument("--compile", action="store_true", help="As in training.")
     what.add_argument("--no_ema", action="store_true", help="Leave the average out.")
     what.add_argument("--no_cache", action="store_true", help="Decode images and run the frozen encoders.")
     what.add_argument("--num_workers", type=int, default=0, help="Processes that load data.")
@@ -47,57 +45,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--warmup", type=cli.whole_number(1), default=3, help="Updates before the clock starts.")
     how.add_argument("--operators", type=int, default=0, help="Print so many of the slowest operators.")
     how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the pairs are kept.")
-    args = parser.parse_args(argv)
+    args, args.further = parser.parse_known_args(argv)
     args.resolution = args.resolution or models.RESOLUTIONS[args.size]
     return args
 
 
-def training_flags(args, model: Path, data, output_dir: Path, updates: int) -> list[str]:
+def training_flags(args, folder: Path) -> list[str]:
     flags = [
-        f"--pretrained_model_name_or_path={model}",
-        f"--dataset_name={data}",
-        f"--output_dir={output_dir}",
-        f"--cache_dir={output_dir.parent}",
+        f"--pretrained_model_name_or_path={models.model_folder(args.size, folder)}",
+        f"--dataset_name={args.dataset or models.pairs_folder(folder)}",
+        f"--output_dir={folder / 'train_step'}",
+        f"--cache_dir={folder}",
         f"--resolution={args.resolution}",
         "--image_geometry=squash",
         "--random_flip",
         f"--train_batch_size={args.batch_size}",
         f"--gradient_accumulation_steps={args.accumulation}",
-        f"--max_train_steps={updates}",
+        f"--max_train_steps={args.warmup + 2 * args.updates + 1}",
         f"--dataloader_num_workers={args.num_workers}",
         f"--mixed_precision={args.mixed_precision}",
         "--learning_rate=5e-5",
         "--seed=0",
         "--report_to=none",
         "--no-cache_latents" if args.no_cache else "--cache_latents",
+        *args.further,
     ]
-    if args.max_micro_batch_size is not None:
-        flags += [f"--max_micro_batch_size={args.max_micro_batch_size}"]
-    flags += [f"--{name}" for name in ("gradient_checkpointing", "compile") if getattr(args, name)]
-    return flags + ([] if args.no_ema else ["--use_ema"])
+    return flags if args.no_ema else [*flags, "--use_ema"]
 
 
 def measured_rates(device) -> tuple[float, float]:
-    """(FLOP/s of a large matrix product, bytes/s read and written by a large copy) of a device, the best of five."""
+    """(FLOP/s of a large matrix product, bytes/s read and written by a large copy) of a device."""
     import torch
+    from torch.utils.benchmark import Timer
 
     cuda = device.type == "cuda"
     side, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     source = torch.zeros((2**30 if cuda else 2**27) // 4, device=device)
-    target = torch.empty_like(source)
+    names = {"a": a, "b": b, "source": source, "target": torch.empty_like(source)}
 
-    def best(function) -> float:
-        times = []
-        for _ in range(6):
-            wait(device)
-            start = time.perf_counter()
-            function()
-            wait(device)
-            times.append(time.perf_counter() - start)
-        return min(times[1:])
+    def fastest(statement: str) -> float:
+        timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())  # warms up and waits for the GPU
+        return min(timer.timeit(1).times[0] for _ in range(5))
 
-    return 2 * side**3 / best(lambda: a @ b), 2 * source.nbytes / best(lambda: target.copy_(source))
+    return 2 * side**3 / fastest("a @ b"), 2 * source.nbytes / fastest("target.copy_(source)")
 
 
 def wait(device) -> None:
@@ -128,11 +119,9 @@ def profile(run, updates: int, first_step: int, operators: int) -> tuple[dict[st
         wait(run.accelerator.device)
     averages = profiler.key_averages()
     total = "device_time_total" if cuda else "cpu_time_total"
-    found = {event.key: getattr(event, total) for event in averages if event.key in STAGES}
-    order = f"self_{total}"
-    return {name: found[name] / updates / 1000 for name in STAGES}, averages.table(
-        sort_by=order, row_limit=max(1, operators)
-    )
+    found = {event.key: getattr(event, total) / updates / 1000 for event in averages if event.key in STAGES}
+    table = averages.table(sort_by=f"self_{total}", row_limit=max(1, operators))
+    return {name: found[name] for name in STAGES}, table
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -148,15 +137,11 @@ def main(argv: list[str] | None = None) -> dict:
     if args.mixed_precision is None:
         args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     folder = Path(args.folder)
-    model = models.model_folder(args.size, folder)
-    data = args.dataset or models.pairs_folder(folder)
-    output_dir = folder / "train_step"
-    shutil.rmtree(output_dir, ignore_errors=True)
+    shutil.rmtree(folder / "train_step", ignore_errors=True)
 
     set_up_logging()
-    updates = args.warmup + 2 * args.updates + 1
     launched = psutil.Process().create_time()
-    flags = options.parse_args("", training_flags(args, model, data, output_dir, updates))
+    flags = options.parse_args("", training_flags(args, folder))
     accelerator = preparation.start_accelerator(flags)
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     run = preparation.build(preparation.check(flags, accelerator, expected_in_channels=4))
@@ -202,7 +187,7 @@ def main(argv: list[str] | None = None) -> dict:
         "images_per_update": run.images_per_update,
         "micro_batch_size": run.update.micro_batch_size,
         "compiled": isinstance(run.update, steps.CompiledUpdate),
-        "gradient_checkpointing": args.gradient_checkpointing,
+        "gradient_checkpointing": flags.gradient_checkpointing,
         "mixed_precision": args.mixed_precision,
         "cached": run.config.cache_latents,
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -226,18 +211,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def print_table(result: dict) -> None:
-    print(f"\n{result['size']}, {result['resolution']} px, {result['images_per_update']} images, {result['device']}")
-    profiled = sum(result["stages_ms"].values())
-    for stage, value in result["stages_ms"].items():
-        print(f"  {stage:50s}{value:10.2f} ms {100 * value / profiled:6.1f} %")
-    print(f"  {'sum, under the profiler':50s}{profiled:10.2f} ms")
     total, floor = result["ms_per_update"], result["floor_ms"]
-    print(f"  {'update, undisturbed':50s}{total:10.2f} ms, {result['images_per_second']} images/s")
-    print(f"  {'floor of this device':50s}{floor:10.2f} ms, {100 * floor / total:.0f} % of the update")
+    profiled = sum(result["stages_ms"].values())
+    lines = {stage: f"{value:10.2f} ms {100 * value / profiled:6.1f} %" for stage, value in result["stages_ms"].items()}
+    lines["sum, under the profiler"] = f"{profiled:10.2f} ms"
+    lines["update, undisturbed"] = f"{total:10.2f} ms, {result['images_per_second']} images/s"
+    lines["floor of this device"] = f"{floor:10.2f} ms, {100 * floor / total:.0f} % of the update"
     if result["peak_memory_gib"] is not None:
-        print(f"  {'peak memory':50s}{result['peak_memory_gib']:10.2f} GiB")
-    for what, seconds in result["seconds_from_launch"].items():
-        print(f"  {'from launch: ' + what:50s}{seconds:10.1f} s")
+        lines["peak memory"] = f"{result['peak_memory_gib']:10.2f} GiB"
+    lines |= {f"from launch: {what}": f"{seconds:10.1f} s" for what, seconds in result["seconds_from_launch"].items()}
+    print(f"\n{result['size']}, {result['resolution']} px, {result['images_per_update']} images, {result['device']}")
+    for name, value in lines.items():
+        print(f"  {name:50s}{value}")
 
 
 if __name__ == "__main__":
