@@ -239,14 +239,6 @@ def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
-def test_checksum_is_crc32c():
-    from instruct_pix2pix.building.whitebox_weights import masked_crc32c
-
-    assert crc32c(b"123456789") == 0xE3069283  # the check value of CRC-32C's definition
-    for data in (b"", b"123456789", bytes(range(256))):
-        assert struct.pack("<I", masked_crc32c(data)) == masked_crc(data)
-
-
 def test_weights_from_a_saved_model(tmp_path, weights):
     from instruct_pix2pix.building.whitebox_weights import read_weights
 

@@ -4,10 +4,9 @@ around.
     read_weights(FILE.npz | FILE.safetensors | FILE.tflite | SAVED_MODEL_FOLDER | HUB_REPOSITORY)
 
 All readers return the same thing: a dict from the names in `SHAPES` to float32 arrays, convolutions as (out,
-in, height, width). Neither TensorFlow nor its lite runtime is needed: the parts of their file formats that
-matter here are read below, from their published descriptions (the SSTable layout of LevelDB's
-doc/table_format.md, the messages of tensor_bundle.proto and trackable_object_graph.proto, and TensorFlow
-Lite's schema.fbs).
+in, height, width). Neither TensorFlow nor its lite runtime is needed: what TensorBoard has no reader for is
+read below, from the published descriptions (the SSTable layout of LevelDB's doc/table_format.md, the messages
+of tensor_bundle.proto, and TensorFlow Lite's schema.fbs).
 
 Files come from strangers. Whatever one claims, no more is read, kept in memory or gone through than the
 generator's own arrays and tables of a sensible length.
@@ -22,9 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.unknown_fields import UnknownFieldSet
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.trackable_object_graph_pb2 import TrackableObjectGraph
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from instruct_pix2pix.building.whitebox import Generator
 from instruct_pix2pix.cli import UserError, first_line
@@ -205,7 +209,7 @@ def read_bundle(index: Path) -> dict[str, Entry]:
     entries = {}
     for name, value in table.items():
         message = read_message(value)
-        shape = (read_message(dim).get(1, [0])[0] for dim in read_message(message.get(2, [b""])[0]).get(2, []))
+        shape = (dim.size for dim in TensorShapeProto.FromString(message.get(2, [b""])[0]).dim)
         dtype, shard, offset, size, checksum = (message.get(field, [0])[0] for field in (1, 3, 4, 5, 6))
         file = index.with_suffix(f".data-{shard:05d}-of-{shards:05d}")
         entries[name.decode()] = Entry(name.decode(), dtype, tuple(shape), file, offset, size, checksum)
@@ -245,7 +249,7 @@ def read_block(data: bytes, offset: int, size: int) -> dict[bytes, bytes]:
     return entries
 
 
-def read_varints(data: bytes, position: int, count: int = 1) -> list[int]:
+def read_varints(data: bytes, position: int, count: int) -> list[int]:
     """`count` little-endian base-128 numbers from `position` on, and the position after them."""
     numbers = []
     for _ in range(count):
@@ -264,21 +268,8 @@ def read_varints(data: bytes, position: int, count: int = 1) -> list[int]:
 def read_message(data: bytes) -> dict[int, list]:
     """A protocol-buffer message -> {field number: values}: numbers as int, all else as bytes."""
     fields: dict[int, list] = {}
-    position = 0
-    while position < len(data):
-        tag, position = read_varints(data, position)
-        kind = tag & 7
-        if kind == 0:
-            value, position = read_varints(data, position)
-        elif kind == 2:
-            length, position = read_varints(data, position)
-            value, position = data[position : position + length], position + length
-        elif kind in (1, 5):
-            length = 8 if kind == 1 else 4
-            value, position = int.from_bytes(data[position : position + length], "little"), position + length
-        else:
-            raise ValueError("a message of the index is not readable")
-        fields.setdefault(tag >> 3, []).append(value)
+    for field in UnknownFieldSet(Empty.FromString(data)):
+        fields.setdefault(field.field_number, []).append(field.data)
     return fields
 
 
@@ -287,24 +278,9 @@ def read_object_graph(entry: Entry | None) -> dict[str, str]:
     if entry is None:
         return {}
     data = entry.read(MOST_GRAPH)
-    length, position = read_varints(data, 0)
-    graph = read_message(data[position + 4 : position + 4 + length])  # 4 bytes of checksum between
-    attributes = [read_message(a) for node in graph.get(1, []) for a in read_message(node).get(2, [])]
-    return {a[3][0].decode(): a[2][0].decode() for a in attributes if 2 in a and 3 in a}
-
-
-def masked_crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli), rotated and offset as TensorFlow stores it."""
-    crc, table = 0xFFFFFFFF, _CRC_TABLE
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-_CRC_TABLE = list(range(256))
-for _ in range(8):
-    _CRC_TABLE = [value >> 1 ^ 0x82F63B78 * (value & 1) for value in _CRC_TABLE]
+    length, position = read_varints(data, 0, 1)
+    graph = TrackableObjectGraph.FromString(data[position + 4 : position + 4 + length])  # 4 bytes of checksum between
+    return {found.checkpoint_key: found.full_name for node in graph.nodes for found in node.attributes}
 
 
 # TensorFlow Lite: a FlatBuffer. A table is found through an offset, its fields through a small table of
