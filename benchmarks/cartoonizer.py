@@ -8,8 +8,6 @@ process and with the same number of threads; the best of --rounds counts. The tf
 interpreter is `pip install ai-edge-litert`. The last line is JSON.
 """
 
-import json
-
 from benchmarks import machine, models
 from instruct_pix2pix.cli import Parser, run, whole_number
 
@@ -73,8 +71,6 @@ def main(argv: list[str] | None = None) -> None:
         sides["tflite, one by one"] = run_tflite
 
     speeds = {name: len(photos) / min(times) for name, times in machine.seconds_in_turns(sides, args.rounds).items()}
-    for name, speed in speeds.items():
-        print(f"{name:20} {speed:8.2f} images/s")
     first = next(iter(outputs.values()))
     result = {
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
@@ -88,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.tflite:
         best = max((name for name in speeds if name.startswith("torch")), key=speeds.get)
         result["ratio"] = {f"{best} / tflite": round(speeds[best] / speeds["tflite, one by one"], 3)}
-    print(json.dumps(result))
+    machine.report(result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the largest absolute differences of losses, weights and averaged weights, then o
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -136,20 +135,18 @@ def run_reference(script: str, flags: dict, folder: Path, batches: list[dict], c
     return [update["loss"] for update in updates], *reference.final_weights(output_dir, steps)
 
 
-def compare(name: str, ours, theirs) -> dict:
-    """Largest absolute differences of (losses, weights, averaged weights), printed and returned."""
+def compare(ours, theirs) -> dict:
+    """Largest absolute differences of (losses, weights, averaged weights)."""
 
     def largest(ours: dict, theirs: dict) -> float:
         assert ours.keys() == theirs.keys()
         return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
 
-    found = {
+    return {
         "loss": max(abs(a - b) for a, b in zip(ours[0], theirs[0], strict=True)),
         "weights": largest(ours[1], theirs[1]),
         "averaged_weights": largest(ours[2], theirs[2]),
     }
-    print(f"{name:28s}" + "".join(f"{key} {value:.2e}   " for key, value in found.items()))
-    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -179,11 +176,11 @@ def main(argv: list[str] | None = None) -> None:
         *ours, batches, conv_in_bias = run_ours(models.common_flags(**flags))
         print(f"largest differences over {args.updates} updates (losses from {min(ours[0]):.3f} to {max(ours[0]):.3f})")
         result = {"updates": args.updates, **machine.describe()}
-        result["plain"] = compare("the update written plainly", ours, run_plainly(args, model, batches))
+        result["plain"] = compare(ours, run_plainly(args, model, batches))
         if args.reference is not None:
             theirs = run_reference(args.reference, flags, folder, batches, conv_in_bias)
-            result["reference"] = compare("diffusers' example", ours, theirs)
-    print(json.dumps(result))
+            result["reference"] = compare(ours, theirs)
+    machine.report(result)
 
 
 if __name__ == "__main__":

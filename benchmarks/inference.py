@@ -8,11 +8,10 @@ Both sides start from image files and a loaded model and end with PNG files, and
 snippet, which reads, edits and writes one image after another, then what edit_images.py does after it has loaded the
 model. A first turn of each is not counted; of the others the median counts, and where a machine does other things
 meanwhile, each side's fastest turn says more. Weights are random: the arithmetic is a real model's, the pictures are
-not. Prints the largest difference of every image's pixels and a table, then one JSON line.
+not. Prints speeds and the largest difference, of 255, of every image's pixels, then one JSON line.
 """
 
 import argparse
-import json
 import shlex
 import shutil
 import statistics
@@ -131,25 +130,8 @@ def main(argv: list[str] | None = None) -> dict:
         "seconds": seconds,
         "largest_differences": largest_differences(plain_dir, batch_dir),
     }
-    print_table(result)
-    print(json.dumps(result))
+    machine.report(result)
     return result
-
-
-def print_table(result: dict) -> None:
-    device = result["gpu"] or f"{result['cpu']}, {result['threads']} threads"
-    batches = f"edit_images.py, batches of {result['batch_size']}{', compiled' if result['compile'] else ''}"
-    lines = {
-        "snippet, one at a time": f"{result['images_per_second']['snippet']:10.3f} images/s",
-        batches: f"{result['images_per_second']['edit_images']:10.3f} images/s",
-        "ratio": f"{result['ratio']:10.2f}",
-        "ratio of the fastest turns": f"{result['ratio_of_fastest_turns']:10.2f}",
-    }
-    for name, difference in result["largest_differences"].items():
-        lines[name] = f"{difference:10d} of 255 is the largest difference of a pixel"
-    print(f"\n{result['size']}, {result['resolution']} px, {result['steps']} steps, {result['dtype']}, {device}")
-    for name, value in lines.items():
-        print(f"  {name:40s}{value}")
 
 
 if __name__ == "__main__":

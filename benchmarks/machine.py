@@ -1,6 +1,7 @@
-"""What a measurement depends on besides the code, and sides that are timed in turns."""
+"""What a measurement depends on besides the code; sides that are timed in turns; how a result is printed."""
 
 import datetime
+import json
 import os
 import platform
 import subprocess
@@ -49,3 +50,18 @@ def seconds_in_turns(sides: dict[str, Callable], rounds: int) -> dict[str, list[
             if number > 0:
                 seconds[name].append(round(time.perf_counter() - start, 4))
     return seconds
+
+
+def report(result: dict) -> None:
+    """Print a benchmark's result: a line for every figure, then all of it as one line of JSON."""
+
+    def lines(figures: dict, indent: str) -> None:
+        for name, value in figures.items():
+            if isinstance(value, dict):
+                print(indent + name)
+                lines(value, indent + "  ")
+            else:
+                print(f"{indent + name:40s} {value}")
+
+    lines(result, "")
+    print(json.dumps(result))

@@ -9,11 +9,10 @@ the time of their kernels) and with --operators the slowest operators. The floor
 and the optimizer's bytes would take at the rates of one matrix product and one copy, measured on this device. Seconds
 from launch count from the start of the process, imports included; run twice, so that the cache is there the second
 time. Further flags go to the training, such as --compile, --gradient_checkpointing or --max_micro_batch_size auto.
-Prints a table, then one JSON line.
+Prints every figure, then one JSON line.
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import time
@@ -196,33 +195,19 @@ def main(argv: list[str] | None = None) -> dict:
         "ms_per_update": round(total, 2),
         "images_per_second": round(1000 * run.images_per_update / total, 2),
         "stages_ms": {stage: round(value, 2) for stage, value in stages.items()},
+        "stages_share": {stage: round(value / sum(stages.values()), 3) for stage, value in stages.items()},
         "seconds_from_launch": seconds_from_launch,
         "teraflop_per_update": round(counted.get_total_flops() / 1e12, 6),
         "measured_teraflops": round(flops_rate / 1e12, 3),
         "measured_gigabytes_per_second": round(bytes_rate / 1e9, 1),
         "floor_ms": round(floor, 2),
+        "floor_share": round(floor / total, 3),
         "peak_memory_gib": peak,
     }
     if args.operators:
         print(table)
-    print_table(result)
-    print(json.dumps(result))
+    machine.report(result)
     return result
-
-
-def print_table(result: dict) -> None:
-    total, floor = result["ms_per_update"], result["floor_ms"]
-    profiled = sum(result["stages_ms"].values())
-    lines = {stage: f"{value:10.2f} ms {100 * value / profiled:6.1f} %" for stage, value in result["stages_ms"].items()}
-    lines["sum, under the profiler"] = f"{profiled:10.2f} ms"
-    lines["update, undisturbed"] = f"{total:10.2f} ms, {result['images_per_second']} images/s"
-    lines["floor of this device"] = f"{floor:10.2f} ms, {100 * floor / total:.0f} % of the update"
-    if result["peak_memory_gib"] is not None:
-        lines["peak memory"] = f"{result['peak_memory_gib']:10.2f} GiB"
-    lines |= {f"from launch: {what}": f"{seconds:10.1f} s" for what, seconds in result["seconds_from_launch"].items()}
-    print(f"\n{result['size']}, {result['resolution']} px, {result['images_per_update']} images, {result['device']}")
-    for name, value in lines.items():
-        print(f"  {name:50s}{value}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
@@ -28,6 +29,7 @@ from instruct_pix2pix.images import BadImage
 
 # The keys of degradations.TASKS, for a command line that does not import OpenCV.
 SYNTHETIC_TASKS = ["deblur", "derain", "denoise", "enhance", "dejpeg", "deblur_denoise", "denoise_dejpeg"]
+DEGRADATIONS = "instruct_pix2pix/building/degradations.py"
 THREADS = 4  # large images are decoded: 16 million pixels take 100 MB a pair
 
 pair_of = attrgetter("source", "input", "task", "repeat")  # the same for the tiles of one pair
@@ -69,11 +71,7 @@ def build_low_level(args) -> None:
         "tags": ["image-editing", "instruction-tuning", "image-restoration", *tasks],
         "about": "Degraded images, the images without the flaw, and instructions that ask for the repair."
         + (f" Images larger than {args.tile} pixels are cut into tiles." if args.tile else "")
-        + (
-            " The degradations are described in `instruct_pix2pix/building/degradations.py` of the project."
-            if photos
-            else ""
-        ),
+        + (f" The degradations are described in `{DEGRADATIONS}` of the project." if photos else ""),
         "licences": "\n".join(licences),
         "sources": "\n".join(f"- `{line.replace(': ', '`: ', 1)}" for line in reports),
     }
@@ -159,10 +157,7 @@ def plan_real(
 
 def plan_synthetic(photos: Photos, skipped: list[dict], args, pool: Executor) -> list[Row]:
     """`--synthesize` rows: the photos in a random order, over and over, the tasks in turn."""
-
-    def fitted(width: int, height: int) -> tuple[int, int]:
-        return scaled_size(width, height, args)
-
+    fitted = partial(scaled_size, args=args)
     usable = take_photos(photos, skipped, fitted, 16, args.synthesize, args, pool, inside="photos/")
     rows = []
     by_split = {split: [row for row in usable if row.split == split] for split in SPLITS}

@@ -23,16 +23,15 @@ import numpy as np
 import torch
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.unknown_fields import UnknownFieldSet
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.trackable_object_graph_pb2 import TrackableObjectGraph
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from instruct_pix2pix.building.whitebox import Generator
 from instruct_pix2pix.cli import UserError, first_line
-from instruct_pix2pix.files import written_whole
 
 with torch.device("meta"):
     # name -> shape, in the order in which the network runs: conv0.weight, conv0.bias, conv1.weight, ...
@@ -107,21 +106,13 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_hub(repository: str, flag: str) -> dict[str, np.ndarray]:
-    """Download a SavedModel's variables, convert them once, keep the result beside the Hub's own cache."""
+    """Download a SavedModel's variables, or find them in the Hub's cache."""
     try:
         snapshot = Path(snapshot_download(repository, allow_patterns=["variables/*", "*/variables/*"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         raise UserError(f"{flag}: {repository}: cannot be had from the Hub ({reason}); give a file instead") from None
-    cached = Path(constants.HF_HOME) / "whitebox-cartoonizer" / f"{snapshot.name}.safetensors"
-    if cached.is_file():
-        return load_file(cached)
-    arrays = read_saved_model(snapshot)
-    check(arrays)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(cached) as temporary:
-        save_file(arrays, temporary)
-    return arrays
+    return read_saved_model(snapshot)
 
 
 # TensorFlow SavedModel: variables/variables.index is a table from variable name to a small message that says

@@ -19,8 +19,10 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from tqdm.auto import tqdm
 
@@ -123,13 +125,8 @@ def _first_row(path: Path) -> dict | None:
     """A first look at a data file: a row, or None where there is none, which reading it will say."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".jsonl":
-                row = json.loads(next(line for line in file if line.strip()))
-            elif path.suffix.lower() == ".json":
-                row = next(iter(_listed(json.load(file))))
-            else:
-                header = file.readline()
-                row = dict.fromkeys(next(csv.reader([header], delimiter=_delimiter(header, path))))
+            rows = _rows(file, path)
+            row = dict.fromkeys(rows.fieldnames) if isinstance(rows, csv.DictReader) else next(iter(rows))
     except (OSError, ValueError, TypeError, StopIteration, csv.Error, RecursionError):
         return None
     return row if isinstance(row, dict) else None
@@ -218,20 +215,12 @@ def _read_records(path: Path, source: Source) -> list[dict]:
     what = f"{source}: {path.name}"
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() in (".csv", ".tsv"):
-                csv.field_size_limit(2**24)  # a long instruction is no mistake; a file without line ends is
-                header = file.readline()
-                file.seek(0)
-                records = list(csv.DictReader(file, delimiter=_delimiter(header, path)))
-            elif path.suffix.lower() == ".jsonl":
-                records = [json.loads(line) for line in file if line.strip()]
-            else:
-                records = _listed(json.load(file))
+            records = list(_rows(file, path))
     except (ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"{what} cannot be read: {first_line(error)}") from error
     except OSError as error:
         raise UserError(f"{what} cannot be read: {error.strerror}") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+    if not all(isinstance(record, dict) for record in records):
         raise UserError(f"{what} must hold JSON objects, a row each: one a line in .jsonl, a list of them in .json")
     if any(None in record for record in records):
         line = next(number for number, record in enumerate(records, start=1) if None in record)
@@ -239,22 +228,31 @@ def _read_records(path: Path, source: Source) -> list[dict]:
     return records
 
 
-def _delimiter(header: str, path: Path) -> str:
-    counts = Counter(character for character in re.sub(r'"[^"]*"', "", header) if character in ",;\t")
-    return "\t" if path.suffix.lower() == ".tsv" else max(",;\t", key=lambda character: counts[character])
+def _rows(file: IO[str], path: Path) -> Iterable:
+    """What should be the rows of an open data file; of .csv and .tsv a csv.DictReader."""
+    ending = path.suffix.lower()
+    if ending == ".jsonl":
+        return (json.loads(line) for line in file if line.strip())
+    if ending == ".json":
+        return _listed(json.load(file))
+    csv.field_size_limit(2**24)  # a long instruction is no mistake; a file without line ends is
+    header = re.sub(r'"[^"]*"', "", file.readline())
+    file.seek(0)
+    return csv.DictReader(file, delimiter="\t" if ending == ".tsv" else max(",;\t", key=header.count))
 
 
-def _listed(content):
-    """Rows of a JSON document: a list of objects, alone or under one name; columns; or texts by file name."""
+def _listed(content) -> list:
+    """Rows of a JSON document: a list of objects, alone or under one name; columns; or texts by file name. A None
+    stands for what is no row."""
     if not isinstance(content, dict):
-        return content
+        return content if isinstance(content, list) else [None]
     values = list(content.values())
     if values and all(isinstance(value, str) for value in values):
         return [{"file_name": name, "prompt": text} for name, text in content.items()]
     lists = [value for value in values if isinstance(value, list)]
     if values and len(lists) == len(values) > 1 and len({len(value) for value in lists}) == 1:
         return [dict(zip(content, row, strict=True)) for row in zip(*lists, strict=True)]
-    return lists[0] if len(lists) == 1 else content
+    return lists[0] if len(lists) == 1 else [None]
 
 
 def _named(records: list[dict], source: Source) -> dict[str, str]:
