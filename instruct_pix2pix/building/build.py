@@ -140,7 +140,10 @@ def build(args, settings: dict, instructions: dict, columns: dict, about: dict, 
                 write_shard(output_dir, name, shards[name], schema, make_columns, bar)
     if rank != 0:
         return
-    wait_for(output_dir, shards, missing=[name for name in shards if name not in mine])
+    others = [name for name in shards if name not in mine]
+    for name in tqdm(others, desc="waiting for other processes", unit=" shards", disable=not others):
+        while not is_complete(output_dir / "data" / name, len(shards[name])):
+            time.sleep(0.5)
 
     checksums = {}
     for name in tqdm(shards, desc="checksums", unit=" files", leave=False):
@@ -261,19 +264,7 @@ def arrow_schema(columns: dict, all_instructions: bool):
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def wait_for(output_dir: Path, shards: dict[str, list[Row]], missing: list[str]) -> None:
-    """Wait for the other processes' shards."""
-    from tqdm import tqdm
-
-    with tqdm(total=len(missing), desc="waiting for other processes", unit=" shards", disable=not missing) as bar:
-        while missing:
-            left = [name for name in missing if not is_complete(output_dir / "data" / name, len(shards[name]))]
-            bar.update(len(missing) - len(left))
-            missing = left
-            time.sleep(0.5 if missing else 0)
-
-
-def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict, pairs: int = 12, side: int = 224):
+def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict):
     """A contact sheet: rows of every task, input left, target right, instruction below."""
     import pyarrow.parquet as pq
 
@@ -283,7 +274,7 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict, pairs
             places = by_task.setdefault(row.task, [])
             if len(places) < 1000:
                 places.append((name, i))
-    each = -(-pairs // len(by_task))  # rows lie by size: take them from all over the shards
+    each = -(-12 // len(by_task))  # twelve pairs in all; rows lie by size: take them from all over the shards
     chosen = [place for _, places in sorted(by_task.items()) for place in places[:: -(-len(places) // each)]]
 
     column = {role: name for name, (role, _) in columns.items()}
@@ -298,7 +289,7 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict, pairs
         text = row[column["instruction"]]
         caption = text if isinstance(text, str) else f"{text[0]} (1 of {len(text)})"
         entries.append(([read_image(row[column[role]]["bytes"]) for role in ("input", "target")], [caption]))
-    return contact_sheet(entries, cell=side, columns=2)
+    return contact_sheet(entries, columns=2)
 
 
 def shown(argument: str) -> str:

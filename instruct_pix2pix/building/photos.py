@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from instruct_pix2pix.cli import UserError, first_line, warn
-from instruct_pix2pix.data.pairing import SPLIT_NAMES
+from instruct_pix2pix.data.pairing import SPLIT_NAMES, split_in_name
 from instruct_pix2pix.images import describe_others, encode_image, find_images, read_image
 
 UNKNOWN_LICENCE = "unknown, see where they come from"
@@ -107,9 +106,7 @@ def find_dataset_images(name: str, config: str | None, revision: str | None, col
 
     by_split: dict[str, list[str]] = {}
     for file in files:
-        words = re.split(r"[/_.-]", file.lower())
-        split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
-        by_split.setdefault(split, []).append(str(root / file))
+        by_split.setdefault(split_in_name(file) or "train", []).append(str(root / file))
     try:
         tables = load_dataset("parquet", data_files=by_split)
         tables = tables.select_columns([column]).cast_column(column, Image(decode=False))

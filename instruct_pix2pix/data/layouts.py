@@ -27,7 +27,7 @@ from typing import IO
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError, first_line, warn
-from instruct_pix2pix.data.pairing import SPLIT_NAMES, pair_by_name, stem
+from instruct_pix2pix.data.pairing import SPLIT_NAMES, pair_by_name, split_in_name, stem
 from instruct_pix2pix.data.sources import COLUMN_NAMES, TASK_COLUMN, Source, find_columns, read_wordings
 from instruct_pix2pix.images import describe_others, find_images, is_junk, is_url, suffixes
 
@@ -180,10 +180,6 @@ def _names(path: Path) -> list[str]:
 def _folders(path: Path) -> list[Path]:
     with os.scandir(path) as entries:
         return sorted(Path(entry.path) for entry in entries if entry.is_dir() and not is_junk(entry.name))
-
-
-def split_in_name(name: str) -> str:
-    return next((SPLIT_NAMES[word] for word in re.split(r"[/_.-]", name.lower()) if word in SPLIT_NAMES), "")
 
 
 def _of_split(files: list[Path], split: str, several: bool) -> tuple[Path, ...]:

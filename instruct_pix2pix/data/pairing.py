@@ -1,5 +1,6 @@
 """Which files belong together: pairs by name, never guessed, and the split that a folder's name tells."""
 
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -29,6 +30,11 @@ class Pairs(NamedTuple):
             "inputs without a partner": len(self.inputs_alone),
             "targets without a partner": len(self.targets_alone),
         }
+
+
+def split_in_name(name: str) -> str:
+    """The split that a word of a path or name tells first, or ""."""
+    return next((SPLIT_NAMES[word] for word in re.split(r"[/_.-]", name.lower()) if word in SPLIT_NAMES), "")
 
 
 def stem(name: str) -> str:

@@ -17,15 +17,14 @@ from instruct_pix2pix.cli import UserError, first_line
 from instruct_pix2pix.data.archives import is_archive, unpack
 from instruct_pix2pix.data.layouts import (
     Place,
-    Table,
     find_places,
     has_tables_of_the_library,
     inner_folder,
     locate,
     places_of_two_folders,
     read_place,
-    split_in_name,
 )
+from instruct_pix2pix.data.pairing import split_in_name
 from instruct_pix2pix.data.sources import TASK_COLUMN, Source, choose_split, find_columns, wordings_of
 from instruct_pix2pix.files import write_bytes
 from instruct_pix2pix.images import BadImage, fetch, image_size, is_url, suffixes
@@ -144,7 +143,11 @@ def _load(source: Source) -> tuple[datasets.Dataset, Files, dict, list[dict]]:
     files = Files(path if path.is_dir() else path.parent, cache)
     if places:
         read = read_place(places[choose_split(places, source)], source, unpacked)
-        return _dataset(read, source), files, read.counts, read.left_out
+        try:
+            table = datasets.Dataset.from_dict(read.columns)
+        except Exception as error:  # pyarrow's errors, for text that is no Unicode say
+            raise UserError(f"{source} cannot be made into a table: {first_line(error)}") from error
+        return table, files, read.counts, read.left_out
     return _load_by_library(path, source), files, {}, []
 
 
@@ -166,13 +169,6 @@ def _merged_shards(folders: list[Path], source: Source) -> dict[str, Place]:
         known = merged.get(split)
         merged[split] = replace(known, shards=known.shards + places["train"].shards) if known else places["train"]
     return merged
-
-
-def _dataset(read: Table, source: Source) -> datasets.Dataset:
-    try:
-        return datasets.Dataset.from_dict(read.columns)
-    except Exception as error:  # pyarrow's errors, for text that is no Unicode say
-        raise UserError(f"{source} cannot be made into a table: {first_line(error)}") from error
 
 
 def _load_by_library(path: Path, source: Source) -> datasets.Dataset:

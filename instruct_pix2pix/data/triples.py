@@ -195,12 +195,7 @@ def _check_rows(triples: Triples, show_progress: bool, check_all: bool) -> None:
 def _look_at_headers(triples: Triples, index: int) -> str:
     """How a row's two images fit together, see geometry.alignment. Raises RowError."""
     triples.instructions(index)
-    row, sizes = triples.rows[index], []
-    for column in (triples.original_image, triples.edited_image):
-        try:
-            sizes.append(image_size(triples.files.image(row[column])))
-        except BadImage as error:
-            raise triples.row_error(index, column, f"not a readable image ({error})") from error
+    sizes = _both(triples, index, image_size, "not a readable image")
     try:
         return alignment(*sizes, triples.geometry)
     except ValueError as error:
@@ -292,17 +287,22 @@ def open_pair(triples: Triples, row_index: int) -> tuple[list[str], Image.Image,
     geometry takes each by itself. Raises RowError for a row that cannot be used.
     """
     wordings = triples.instructions(row_index)
-    row, images = triples.rows[row_index], {}
-    for column in (triples.original_image, triples.edited_image):
-        try:
-            images[column] = read_image(triples.files.image(row[column]))
-        except BadImage as error:
-            raise triples.row_error(row_index, column, f"cannot be decoded ({error})") from error
-    edited = images[triples.edited_image]
+    original, edited = _both(triples, row_index, read_image, "cannot be decoded")
     try:
-        return wordings, align_original(images[triples.original_image], edited.size, triples.geometry), edited
+        return wordings, align_original(original, edited.size, triples.geometry), edited
     except ValueError as error:
         raise triples.row_error(row_index, triples.edited_image, str(error)) from error
+
+
+def _both(triples: Triples, index: int, read: Callable, problem: str) -> list:
+    """What `read` makes of a row's original and of its edited image. Raises RowError with the `problem`."""
+    row, found = triples.rows[index], []
+    for column in (triples.original_image, triples.edited_image):
+        try:
+            found.append(read(triples.files.image(row[column])))
+        except BadImage as error:
+            raise triples.row_error(index, column, f"{problem} ({error})") from error
+    return found
 
 
 def diffusion_draws(seed: int, position: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> dict:
