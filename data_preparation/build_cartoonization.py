@@ -13,6 +13,7 @@ from pathlib import Path
 from instruct_pix2pix.building.build import add_dataset_flags, add_photo_flags, check_dataset_flags
 from instruct_pix2pix.building.cartoonization import IMAGENETTE, WHITEBOX, build_cartoonization
 from instruct_pix2pix.cli import Parser, run, whole_number
+from instruct_pix2pix.devices import add_device_flags
 
 INSTRUCTIONS = Path(__file__).parent / "instructions" / "cartoonize.txt"
 
@@ -41,9 +42,7 @@ def main(argv: list[str] | None = None) -> None:
              "filtering, no weights")
     add("--cartoonizer_weights", default=WHITEBOX, metavar="SOURCE",
         help=".npz, .safetensors, .tflite, a TensorFlow SavedModel (folder, or repository on the Hub)")
-    add("--device", default="auto", help="auto takes a GPU where there is one")
-    add("--dtype", choices=["auto", "float32", "float16", "bfloat16"], default="auto",
-        help="of the network; auto is float16 on a GPU, float32 elsewhere")
+    add_device_flags(add)
     add("--batch_size", type=whole_number(1), default=16, metavar="N",
         help="at most so many photos of one size at a time; fewer where they are large")
 

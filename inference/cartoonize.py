@@ -8,11 +8,11 @@ Runs on CUDA in half precision where there is a GPU, otherwise on the CPU in sin
 the size of the input. Folders of images are for edit_images.py.
 """
 
-from instruct_pix2pix import cli, editing
+from instruct_pix2pix import cli, editor
 
 
 def main(argv: list[str] | None = None) -> None:
-    editing.edit_one_image(
+    editor.edit_one_image(
         argv,
         __doc__,
         model_id="instruction-tuning-sd/cartoonizer",

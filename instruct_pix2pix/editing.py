@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix.cli import Parser, UserError, first_line, guidance, warn, whole_number
+from instruct_pix2pix.devices import add_device_flags, choose_device
 from instruct_pix2pix.evaluation.settings import (
     SCHEDULERS,
     SETTINGS_FILE,
@@ -22,8 +23,7 @@ from instruct_pix2pix.evaluation.settings import (
     read_settings,
     scheduler_name,
 )
-from instruct_pix2pix.files import check_folder, write_bytes
-from instruct_pix2pix.images import BadImage, add_pixel_limit, encode_image, read_image
+from instruct_pix2pix.images import add_pixel_limit
 from instruct_pix2pix.models import trained
 
 if TYPE_CHECKING:
@@ -71,13 +71,15 @@ def add_guidance_flags(
 
 def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_scales: float) -> None:
     """Add the flags that every inference script takes. Without a default `model_id` the flag is required."""
-    parser.add_argument_group("model").add_argument(
+    model = parser.add_argument_group("model")
+    model.add_argument(
         "--model_id",
         default=model_id,
         required=model_id is None,
         metavar="FOLDER_OR_ID",
         help="an InstructPix2Pix pipeline: a folder, an id on the Hub, or a training's OUTPUT_DIR/checkpoint-N",
     )
+    add_device_flags(model.add_argument)
     sampling = parser.add_argument_group(
         "sampling", f"Steps, scheduler and scales that are left out are those of the model's {SETTINGS_FILE}, if any."
     )
@@ -87,7 +89,15 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
     names = f"own (the pipeline's, the default), {', '.join(SCHEDULERS)}"
     sampling.add_argument("--scheduler", action=_Stated, type=scheduler_name, metavar="NAME", help=f"sampler: {names}")
     add_guidance_flags(sampling, **guidance_scales, action=_Stated)
+    sampling.add_argument("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
     sampling.add_argument("--seed", type=whole_number(0), default=0, help="seed of the initial noise")
+    sampling.add_argument(
+        "--num_variations",
+        type=whole_number(1),
+        default=1,
+        metavar="N",
+        help="edits of each image, NAME-1, NAME-2 and so on: number n is what a seed larger by n - 1 gives",
+    )
     sampling.add_argument(
         "--resolution",
         type=whole_number(0),
@@ -193,24 +203,25 @@ def sampling_of(args: argparse.Namespace, found: dict | None, instruction: str) 
     return Setting(**values | taken), f"{SETTINGS_FILE}, {task}: {named}" if taken else ""
 
 
-def load_pipeline(model_id: str, flag: str = "--model_id", **options) -> StableDiffusionInstructPix2PixPipeline:
-    """A model that passed `check_model`: on CUDA in half precision, else on the CPU in float32; no progress bar.
+def load_pipeline(
+    model_id: str, flag: str = "--model_id", device: str = "auto", dtype: str = "auto", **options
+) -> StableDiffusionInstructPix2PixPipeline:
+    """A model that passed `check_model`, where and in the precision that `choose_device` says; no progress bar.
 
     A checkpoint edits with its average's weights, where it has one, as the pipeline exported there would. `options` go
     to a pipeline's `from_pretrained`. Raises UserError where a file is missing or damaged.
     """
     # Without torchvision, which nothing here needs, importing transformers prints two warnings.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    import torch
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    place, precision = choose_device(device, dtype)
     try:
         if trained.is_checkpoint(folder := Path(model_id).expanduser()):
-            pipeline = trained.load_pipeline(folder, dtype)
+            pipeline = trained.load_pipeline(folder, precision)
         else:
-            pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=dtype, **options)
-        pipeline.to(device)
+            pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=precision, **options)
+        pipeline.to(place)
     except UserError:
         raise
     except Exception as error:  # a damaged folder fails in many ways
@@ -259,6 +270,45 @@ def restore_image(edited: Image.Image, size: tuple[int, int], resolution: int) -
     inner = inner_size(size, resolution)
     edited = edited.crop((0, 0, *inner))
     return edited if inner == size else edited.resize(size, Image.Resampling.LANCZOS)
+
+
+# Masks.
+
+
+def fit_mask(mask: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
+    """A mask as 8-bit grey of an image's `size` (width, height), scaled where only its scale differs, with a warning.
+
+    Raises UserError, which calls it `name`, where its shape is another or it leaves nothing to edit.
+    """
+    from PIL import Image
+
+    mask, (width, height) = mask.convert("L"), size
+    described = f"{name}: {mask.width}x{mask.height} for an image of {width}x{height}"
+    if mask.size != size:
+        # The same shape, if the sides of the smaller one may have been rounded.
+        if abs(mask.height * width - mask.width * height) > max(mask.width, width):
+            raise UserError(f"{described}, another shape; give a mask of the image's size")
+        warn(f"{described}: scaled")
+        mask = mask.resize(size, Image.Resampling.BILINEAR)
+    if mask.getextrema()[1] < 128:
+        raise UserError(f"{name}: nowhere brighter than mid-grey; paint white what is to be edited")
+    return mask
+
+
+def keep_outside(image: Image.Image, edited: Image.Image, mask: Image.Image) -> Image.Image:
+    """The edited image where the mask is white and, bit for bit, the image where it is black; all of one size.
+
+    Inside of the white the edit comes in softly, over 1/64 of the short side; grey is a mixture.
+    """
+    import cv2
+    import numpy as np
+    from PIL import Image
+
+    grey = np.asarray(mask)
+    inside = cv2.distanceTransform((grey > 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    share = np.minimum(inside / max(1, min(mask.size) / 64), 1)[..., None] * (grey[..., None] / 255)
+    before, after = np.asarray(image, np.float64), np.asarray(edited, np.float64)
+    return Image.fromarray((before + share * (after - before)).round().astype(np.uint8))
 
 
 # Editing.
@@ -341,10 +391,12 @@ def edit_batch(
     guidance_scale: float,
     image_guidance_scale: float,
     scheduler: str | None = None,
+    negative_prompt: str = "",
     on_step=None,
 ) -> list[Image.Image | str]:
     """Edit B RGB images of one size, which `fit_image` gave: B images of that size, or why there is none. They may come
-    as what `encode_images` made of them. `scheduler` is a key of SCHEDULERS, None for the pipeline's own.
+    as what `encode_images` made of them. `scheduler` is a key of SCHEDULERS, None for the pipeline's own. Guidance
+    leads away from what `negative_prompt` says: its embedding stands where equation 3 has the empty instruction.
 
     Every image draws its noise from a generator of its own, on the CPU, so the draws do not depend on the
     batch or the device. What remains is rounding: another batch size may sum a matrix product in another
@@ -364,6 +416,7 @@ def edit_batch(
             num_inference_steps=steps,
             image_guidance_scale=image_guidance_scale,
             guidance_scale=guidance_scale,
+            negative_prompt=[negative_prompt] * len(instructions),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="np",
             callback_on_step_end=on_step,
@@ -389,7 +442,9 @@ def edit(
     guidance_scale: float,
     image_guidance_scale: float,
     scheduler: str | None = None,
+    negative_prompt: str = "",
     resolution: int = 0,
+    on_step=None,
 ) -> list[Image.Image]:
     """Edit B upright RGB images whose sizes agree once padded: B images of the sizes they had.
 
@@ -405,62 +460,10 @@ def edit(
         guidance_scale=guidance_scale,
         image_guidance_scale=image_guidance_scale,
         scheduler=scheduler,
+        negative_prompt=negative_prompt,
+        on_step=on_step,
     )
     for result in results:
         if isinstance(result, str):
             raise UserError(f"{pipeline.name_or_path or 'editing'}: {result}; try another seed or another model")
     return [restore_image(result, image.size, resolution) for result, image in zip(results, images, strict=True)]
-
-
-# One image, from the command line.
-
-
-def edit_one_image(argv: list[str] | None, description: str, *, instruction: str, output: str, **defaults) -> None:
-    """What cartoonize.py and low_level_image_processing.py do: read an image, edit it, write the result.
-
-    `description` is the script's docstring; `instruction` and `output` are its defaults, as are `defaults`, which
-    `add_sampling_flags` takes. Raises UserError.
-    """
-    parser = Parser(description)
-    group = parser.add_argument_group("image and instruction")
-    group.add_argument("--image", required=True, help="path or URL of the image")
-    group.add_argument("--instruction", default=instruction, help="what to do with it")
-    group.add_argument("--output", default=output, help="file to write: .png, .jpg or .webp")
-    add_sampling_flags(parser, **defaults)
-    args = parser.parse_args(argv)
-    if warning := guidance_warning(args.guidance_scale, args.image_guidance_scale):
-        warn(warning)
-    _check_output(args.output, args.image)
-    check_model(args.model_id)
-    setting, taken = sampling_of(args, recommended_settings(args.model_id), args.instruction)
-    if taken:
-        print(taken)
-    try:
-        image = read_image(args.image)
-    except BadImage as error:
-        raise UserError(f"--image: {args.image}: {error}; give the path or the URL of a whole image file") from None
-
-    pipeline = load_pipeline(args.model_id)
-    pipeline.set_progress_bar_config(disable=None)  # a bar, where there is a terminal to show it
-    [edited] = edit(
-        pipeline,
-        [args.instruction],
-        [image],
-        [args.seed],
-        **setting._asdict(),
-        resolution=args.resolution,
-    )
-    path = Path(args.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, encode_image(edited, path.suffix))
-    print(f"wrote {args.output}")
-
-
-def _check_output(path: str, image: str) -> None:
-    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise UserError(f"--output: {path} has no ending for an image; use .png, .jpg or .webp")
-    if Path(path).is_dir():
-        raise UserError(f"--output: {path} is a folder; give the name of a file")
-    if Path(path).exists() and Path(image).exists() and Path(path).samefile(image):
-        raise UserError(f"--output: {path} is the input image itself; give another name")
-    check_folder("--output", Path(path).parent)

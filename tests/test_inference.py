@@ -161,7 +161,7 @@ def shell_of_a_model(tmp_path):
             "--output: cartoon.txt has no ending for an image; use .png, .jpg or .webp",
         ),
         (["--output", f"{PHOTOS[0]}/x.png"], f"--output: {PHOTOS[0]} is a file; give a folder"),
-        (["--output", str(PHOTOS[0])], "is the input image itself; give another name"),
+        (["--output", str(PHOTOS[0])], "is an input image itself; give another name"),
         (
             ["--model_id", "./nowhere"],
             "--model_id: ./nowhere is no folder here, and the Hub does not give it",
@@ -255,7 +255,7 @@ def test_guidance_warning_agrees_with_the_pipeline(model, capsys):
             silent = editing.guidance_warning(guidance, image_guidance) is None
             asked_for = guidance == image_guidance == 1  # no guidance
             assert silent == (pipeline.do_classifier_free_guidance or asked_for)
-    usual = ["--image", "nowhere.png"]
+    usual = ["--image", "nowhere.png", "--model_id", str(model)]
     with pytest.raises(cli.UserError):
         cartoonize.main([*usual, "--image_guidance_scale", "0.5"])
     expected = "--image_guidance_scale 0.5 is below 1: diffusers turns all guidance off, of the text and of the image"

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
@@ -11,6 +10,7 @@ from instruct_pix2pix.building.photos import UNKNOWN_LICENCE, Photos, encode_png
 from instruct_pix2pix.building.plan import Row, read_again, read_instructions, take_photos
 from instruct_pix2pix.cli import UserError, first_line
 from instruct_pix2pix.data.geometry import fit_photo, whitebox_size
+from instruct_pix2pix.devices import choose_device
 from instruct_pix2pix.files import as_code, as_text, fingerprint, for_others
 
 IMAGENETTE = "frgfm/imagenette"
@@ -99,29 +99,21 @@ def make_cartoonizer(args, flag: str = "--cartoonizer_weights"):
         from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
 
         return opencv_cartoonize, math.inf, {"cartoonizer": "opencv"}
-    import torch
-
     from instruct_pix2pix.building.whitebox import whitebox_cartoonizer
     from instruct_pix2pix.building.whitebox_weights import read_weights
 
     weights = read_weights(args.cartoonizer_weights, flag)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and (count := torch.cuda.device_count()):
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
-    kind = device.split(":")[0]
-    dtype = args.dtype if args.dtype != "auto" else "float16" if kind == "cuda" else "float32"
+    device, dtype = choose_device(args.device, args.dtype)
     try:
         cartoonize = whitebox_cartoonizer(weights, device, dtype)
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         raise UserError(f"--device: {device}: {first_line(error)}; give cpu or cuda") from None
     arrays = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in weights.items()}
     settings = {
         "cartoonizer": "whitebox",
         "weights": fingerprint(arrays),
-        "device": kind,
-        "dtype": dtype,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
         "batch_size": args.batch_size,
     }
-    return cartoonize, BATCH_PIXELS.get(kind, BATCH_PIXELS["cpu"]), settings
+    return cartoonize, BATCH_PIXELS.get(device.type, BATCH_PIXELS["cpu"]), settings

@@ -107,20 +107,19 @@ def guided_filter(guide, source, radius: int = 1, eps: float = 5e-3):
     return mean(slope) * guide + mean(mean_source - slope * mean_guide)
 
 
-def load_generator(weights: dict, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Generator:
+def load_generator(weights: dict, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Generator:
     """The generator with `weights` (see whitebox_weights.py), ready to run."""
     generator = Generator()
     generator.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     return generator.eval().requires_grad_(False).to(device, dtype, memory_format=torch.channels_last)
 
 
-def whitebox_cartoonizer(weights: dict, device: str = "cpu", dtype: str = "float32"):
+def whitebox_cartoonizer(weights: dict, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
     """Make a cartoonizer of `weights` (see whitebox_weights.py): (B, H, W, 3) uint8 RGB -> the same shape.
 
     The sides must be multiples of 4. The generator runs in `dtype` on `device`, the guided filter in float32
     always: the variance in a nearly flat window vanishes in half precision.
     """
-    dtype = getattr(torch, dtype)
     generator = load_generator(weights, device, dtype)
     torch.backends.cudnn.benchmark = False  # the same algorithm in every run: the same bytes
     torch.backends.cudnn.deterministic = True

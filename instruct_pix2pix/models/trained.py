@@ -107,14 +107,9 @@ def check_base(checkpoint: str | os.PathLike, flag: str) -> None:
 
 
 def load_pipeline(checkpoint: str | os.PathLike, dtype: torch.dtype) -> StableDiffusionInstructPix2PixPipeline:
-    """The pipeline that training would export at a checkpoint that passed `check_base`: in float32 or float16, on the
-    CPU."""
-    import torch
-
+    """The pipeline that training would export at a checkpoint that passed `check_base`, on the CPU."""
     from instruct_pix2pix.models import sd
 
     config = configuration(checkpoint)
     tokenizer, *models = *sd.load_frozen(config), load_unet(checkpoint)
-    if dtype == torch.float16:
-        models = [model.half() for model in models]
-    return sd.build_pipeline(sd.read_base_configs(config), tokenizer, *models)
+    return sd.build_pipeline(sd.read_base_configs(config), tokenizer, *(model.to(dtype) for model in models))
