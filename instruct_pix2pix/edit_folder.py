@@ -55,11 +55,14 @@ CONTACT_SHEET = "contact_sheet.png"
 
 @dataclass(frozen=True)
 class Edit:
-    """One image to edit: where it is, what to do, where the result goes (relative to the output folder)."""
+    """One image to edit: where it is, what to do, where the result goes (relative to the output folder), which of its
+    variations this is, and where its mask is."""
 
     image: Path
     instruction: str
     output: str
+    variation: int = 1
+    mask: Path | None = None
 
 
 # What to edit.
@@ -145,8 +148,23 @@ def find_inputs(inputs: list[str], output_dir: Path) -> list[tuple[Path, str]]:
     return list(found.items())
 
 
-def plan_outputs(wanted: list[tuple[Path, str, str]], suffix: str) -> list[Edit]:
-    """Give every (image, relative name, instruction) an output name of its own; repetitions are dropped.
+def find_masks(source: str | None, names: list[str]) -> list[Path | None]:
+    """The masks of images of these relative names: the file `source`, or those of the same names in that folder,
+    whatever their endings. Raises UserError where there is none."""
+    root = source and Path(source).expanduser()
+    if root is None or root.is_file():
+        return [root] * len(names)
+    masks = {Path(name).with_suffix(""): root / name for name in find_images(root)[0]}
+    if missing := [name for name in names if Path(name).with_suffix("") not in masks]:
+        raise UserError(f"--mask: {source} has no mask for {missing[0]}; give one image, or a folder of one for each")
+    return [masks[Path(name).with_suffix("")] for name in names]
+
+
+def plan_outputs(
+    wanted: list[tuple[Path, str, str]], suffix: str, variations: int = 1, mask: str | None = None
+) -> list[Edit]:
+    """Give every (image, relative name, instruction) an output name of its own; repetitions are dropped. Each gets its
+    mask, and becomes as many edits as there are `variations`.
 
     The name is the relative one with `suffix`. If an image has several instructions, each instruction gets a
     folder. Outputs whose names still agree get the ending of their image (a.jpg: a-jpg.png), and at last
@@ -171,8 +189,12 @@ def plan_outputs(wanted: list[tuple[Path, str, str]], suffix: str) -> list[Edit]
             if count[str(name).casefold()] > 1:
                 names[i] = name.with_stem(f"{name.stem}-{distinctions[i]}")
     assert len(set(names)) == len(names)
-    named = zip(wanted, names, strict=True)
-    return [Edit(image, instruction, name.as_posix()) for (image, _, instruction), name in named]
+    masks = find_masks(mask, [relative for _, relative, _ in wanted])
+    return [
+        Edit(image, instruction, path.as_posix(), number, mask)
+        for (image, _, instruction), name, mask in zip(wanted, names, masks, strict=True)
+        for number, path in enumerate(editing.numbered(name, variations), start=1)
+    ]
 
 
 def folder_name(instruction: str) -> str:
@@ -182,9 +204,9 @@ def folder_name(instruction: str) -> str:
 
 def plan(args) -> list[Edit]:
     """Every edit that the arguments ask for, in order."""
-    output_dir = Path(args.output_dir)
+    output_dir, how = Path(args.output_dir), (f".{args.format}", args.num_variations, args.mask)
     if args.dataset or args.original_dir:
-        return plan_outputs(rows_to_edit(args), f".{args.format}")
+        return plan_outputs(rows_to_edit(args), *how)
     lines = [(None, args.instruction.strip())] if args.instruction else read_instructions(args.instructions_file)
     if lines[0][0] is not None:
         if args.inputs:
@@ -196,7 +218,7 @@ def plan(args) -> list[Edit]:
     else:
         images = find_inputs(args.inputs, output_dir)
         wanted = [(path, name, instruction) for _, instruction in lines for path, name in images]
-    return plan_outputs(wanted, f".{args.format}")
+    return plan_outputs(wanted, *how)
 
 
 def rows_to_edit(args) -> list[tuple[Path, str, str]]:
@@ -261,16 +283,20 @@ def look_through(args, edits: list[Edit]):
     sampling = {text: editing.sampling_of(args, found, text) for text in dict.fromkeys(e.instruction for e in edits)}
     for line in dict.fromkeys(line for _, line in sampling.values() if line):
         print(line)
-    known: dict[Path, tuple[str, tuple[int, int]]] = {}  # SHA-256 and size of each image
+    scales = {(setting.guidance_scale, setting.image_guidance_scale) for setting, _ in sampling.values()}
+    for warning in filter(None, (editing.guidance_warning(*pair, args.negative_prompt) for pair in sorted(scales))):
+        warn(warning)
+    known: dict[Path, tuple[str, tuple[int, int]]] = {}  # SHA-256 and size of each image and mask
+    fitted: dict[tuple[Path, tuple[int, int]], bool] = {}  # whether a mask has to be scaled for an image's size
     for edit in tqdm(edits, desc="looking through images", delay=2, leave=False):
         if str(edit.image) in left_out:
             continue
         try:
-            if edit.image not in known:
-                known[edit.image] = file_sha256(edit.image), image_size(edit.image)
+            for path in {edit.image, edit.mask or edit.image} - known.keys():
+                known[path] = file_sha256(path), image_size(path)
         except (OSError, BadImage) as error:
             reason = error if isinstance(error, BadImage) else f"cannot be read ({error.strerror})"
-            left_out[str(edit.image)] = f"{edit.image}: {reason}"
+            left_out[str(edit.image)] = f"{path}: {reason}"
             continue
         sha256, size = known[edit.image]
         settings[edit] = {
@@ -280,12 +306,23 @@ def look_through(args, edits: list[Edit]):
             "seed": args.seed,
             **sampling[edit.instruction][0]._asdict(),
             "resolution": args.resolution,
+            "negative_prompt": args.negative_prompt,
+            "variation": edit.variation,
+            "mask_sha256": edit.mask and known[edit.mask][0],
+            "tile": args.tile,
         }
+        if args.dtype != "auto":  # which takes what is there, of whatever device
+            settings[edit]["dtype"] = args.dtype
         if is_finished(output_dir, edit.output, settings[edit], records, args.overwrite):
             finished.append(edit)
         else:
             sizes[edit] = editing.inner_size(size, args.resolution)
             scaled += sizes[edit] != size
+            if edit.mask and (edit.mask, size) not in fitted:
+                editing.fit_mask(editing.open_image(edit.mask, "--mask"), size, f"--mask: {edit.mask}")
+                fitted[edit.mask, size] = known[edit.mask][1] != size
+    if count := sum(fitted.values()):
+        print(f"--mask: {count} of {len(fitted)} are scaled to their images' sizes")
     return settings, finished, sizes, left_out, scaled
 
 
@@ -319,7 +356,7 @@ def one_ahead(pool: Executor, function, items):
 
 def load_model(args) -> StableDiffusionInstructPix2PixPipeline:
     """The pipeline of --model_id, its UNet's blocks to be compiled if --compile asks for it."""
-    pipeline = editing.load_pipeline(args.model_id)
+    pipeline = editing.load_pipeline(args.model_id, device=args.device, dtype=args.dtype)
     if args.compile:
         import torch
 
@@ -365,6 +402,9 @@ def write_batch(records: dict[Edit, dict], results: list[Image.Image | str], arg
             left_out[str(edit.image)] = f"{edit.image}: {result}"
             continue
         result = editing.restore_image(result, (record["width"], record["height"]), args.resolution)
+        if edit.mask:
+            mask = editing.fit_mask(read_image(edit.mask), result.size)
+            result = editing.keep_outside(read_image(edit.image), result, mask)
         outputs[edit] = {"output": edit.output} | record, encode_image(result, f".{args.format}")
     if outputs:
         keep(Path(args.output_dir), list(outputs.values()))
@@ -384,6 +424,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
     made: list[Edit] = []
     left_out: dict[str, str] = {}
     compiled, edited, steps = args.compile, 0, args.steps
+    options = {"negative_prompt": args.negative_prompt, "tile": args.tile}
     bar = tqdm(
         total=len(sizes),
         desc="editing",
@@ -412,11 +453,12 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
         def edit_with_fallback(*arguments):
             nonlocal compiled
             try:
-                return editing.edit_batch(pipeline, *arguments, **sampling(batch[0])._asdict(), on_step=show_progress)
+                how = sampling(batch[0])._asdict() | options
+                return editing.edit_batch(pipeline, *arguments, **how, on_step=show_progress)
             except torch.OutOfMemoryError:
                 raise MemoryShortage(
                     f"--batch_size: {len(arguments[0])} images at a time do not fit into the GPU's memory; "
-                    "lower it or --resolution and run again: what is done is kept"
+                    "lower it or --resolution, or give --tile, and run again: what is done is kept"
                 ) from None
             except Exception as error:  # compilers fail in many ways, at the first batch or at a later size
                 if not compiled:
@@ -435,7 +477,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
             records, results = {}, []
             # Again by size: what turns an image may stand at its file's end, where `image_size` does not look.
             for group in make_batches({edit: image.size for edit, (image, _) in images.items()}, 1, args.batch_size):
-                seeds = [noise_seed(args.seed, settings[edit]["input_sha256"]) for edit in group]
+                seeds = [noise_seed(args.seed + e.variation - 1, settings[e]["input_sha256"]) for e in group]
                 began = time.perf_counter()
                 results += edit_with_fallback([e.instruction for e in group], [images[e][0] for e in group], seeds)
                 edited += len(group)
@@ -445,7 +487,8 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
                     width, height = images[edit][1]
                     records[edit] = {"image": str(edit.image)} | settings[edit]
                     records[edit] |= {"model_id": args.model_id, "noise_seed": seed}
-                    records[edit] |= {"width": width, "height": height, "device": pipeline.device.type} | seconds
+                    records[edit] |= {"width": width, "height": height, "device": pipeline.device.type}
+                    records[edit] |= {"dtype": str(pipeline.unet.dtype).removeprefix("torch.")} | seconds
             if writes:
                 writes[-1].result()  # one at a time, so that records stay in order and a full disk ends the run
             writes.append(background.submit(write_batch, records, results, args))
@@ -497,7 +540,10 @@ def edit_folder(args) -> bool:
         )
     try:
         if sizes:
-            made, failed = edit_all(load_model(args), args, settings, sizes)
+            pipeline = load_model(args)
+            editing.warn_of_cut(pipeline, dict.fromkeys(edit.instruction for edit in sizes))
+            editing.warn_of_cut(pipeline, [args.negative_prompt], "--negative_prompt")
+            made, failed = edit_all(pipeline, args, settings, sizes)
             left_out |= failed
         done = set(finished) | set(made)
         if args.contact_sheet and done:

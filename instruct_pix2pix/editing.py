@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +26,7 @@ from instruct_pix2pix.evaluation.settings import (
     read_settings,
     scheduler_name,
 )
-from instruct_pix2pix.images import add_pixel_limit
+from instruct_pix2pix.images import BadImage, add_pixel_limit, read_image, to_rgb
 from instruct_pix2pix.models import trained
 
 if TYPE_CHECKING:
@@ -35,7 +38,8 @@ if TYPE_CHECKING:
 NUM_INFERENCE_STEPS = 20
 IMAGE_GUIDANCE_SCALE = 1.5
 GUIDANCE_SCALE = 7.0
-USUAL = Setting(NUM_INFERENCE_STEPS, IMAGE_GUIDANCE_SCALE, GUIDANCE_SCALE)
+OVERLAP = 0.25  # of a window's side with the next, at least; the autoencoder's tiles overlap by as much
+ImageSource = "Image.Image | str | os.PathLike | bytes"  # a picture, its path or http(s) address, or its file's bytes
 
 
 # Flags.
@@ -91,13 +95,8 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
     add_guidance_flags(sampling, **guidance_scales, action=_Stated)
     sampling.add_argument("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
     sampling.add_argument("--seed", type=whole_number(0), default=0, help="seed of the initial noise")
-    sampling.add_argument(
-        "--num_variations",
-        type=whole_number(1),
-        default=1,
-        metavar="N",
-        help="edits of each image, NAME-1, NAME-2 and so on: number n is what a seed larger by n - 1 gives",
-    )
+    variations = "edits of each image, NAME-1, NAME-2, ...: number n is what a seed larger by n - 1 gives"
+    sampling.add_argument("--num_variations", type=whole_number(1), default=1, metavar="N", help=variations)
     sampling.add_argument(
         "--resolution",
         type=whole_number(0),
@@ -105,24 +104,42 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
         help="a longer short side is scaled down to this many pixels for the model, and the result back up; "
         "0 gives the model every image at its own size",
     )
+    tile = "side of overlapping windows that a larger image is edited in, which bounds memory; 0 for none"
+    sampling.add_argument("--tile", type=whole_number(0), default=0, metavar="PIXELS", help=tile)
     add_pixel_limit(sampling.add_argument)
 
 
-def guidance_warning(guidance_scale: float, image_guidance_scale: float) -> str | None:
-    """One line where diffusers ignores both scales; None where they count, or are 1 and so ask for no guidance.
+def numbered(path: Path, count: int) -> list[Path]:
+    """The files of an image's `count` variations: NAME-1, NAME-2 and so on, or the path itself for one."""
+    return [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)] if count > 1 else [path]
+
+
+def guidance_warning(guidance_scale: float, image_guidance_scale: float, negative_prompt: str = "") -> str | None:
+    """One line where diffusers ignores the negative prompt, or both scales (unless they are 1, for no guidance).
 
     The pipeline combines its three predictions (Brooks et al. 2023, equation 3) only if guidance_scale > 1
     and image_guidance_scale >= 1. Outside of that it uses the fully conditioned prediction alone.
     """
+    unused = "--negative_prompt is not used without guidance" if negative_prompt else ""
     if guidance_scale == image_guidance_scale == 1:
-        return None
+        return unused or None
     if image_guidance_scale < 1:
         cause = f"--image_guidance_scale {image_guidance_scale:g} is below 1"
     elif guidance_scale <= 1:
         cause = f"--guidance_scale {guidance_scale:g} is not above 1"
     else:
         return None
-    return f"{cause}: diffusers turns all guidance off, of the text and of the image"
+    off = f"{cause}: diffusers turns all guidance off, of the text and of the image"
+    return f"{off}; {unused}" if unused else off
+
+
+def warn_of_cut(pipeline, texts: Iterable[str], flag: str = "--instruction") -> None:
+    """Say what the text encoder will not see: CLIP reads 77 tokens, of which two mark start and end."""
+    tokenizer, limit = pipeline.tokenizer, pipeline.tokenizer.model_max_length
+    lost = [tokenizer.decode(tokens[limit - 1 : -1]) for tokens in tokenizer(list(texts)).input_ids if tokens[limit:]]
+    if lost:
+        others = f", nor the end of {len(lost) - 1} others" if lost[1:] else ""
+        warn(f"{flag}: longer than the {limit} tokens that the model reads; it does not see {lost[0]!r}{others}")
 
 
 # Models.
@@ -211,8 +228,6 @@ def load_pipeline(
     A checkpoint edits with its average's weights, where it has one, as the pipeline exported there would. `options` go
     to a pipeline's `from_pretrained`. Raises UserError where a file is missing or damaged.
     """
-    # Without torchvision, which nothing here needs, importing transformers prints two warnings.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     place, precision = choose_device(device, dtype)
@@ -231,7 +246,18 @@ def load_pipeline(
     return pipeline
 
 
-# Sizes.
+# Images, sizes, masks.
+
+
+def open_image(source: ImageSource, flag: str) -> Image.Image:
+    """An upright RGB picture. Raises UserError, which names the flag."""
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        return to_rgb(source)
+    try:
+        return read_image(source)
+    except BadImage as error:
+        name = "its bytes" if isinstance(source, bytes) else source
+        raise UserError(f"{flag}: {name}: {error}; give the path or the URL of a whole image file") from None
 
 
 def size_multiple(pipeline) -> int:
@@ -272,27 +298,21 @@ def restore_image(edited: Image.Image, size: tuple[int, int], resolution: int) -
     return edited if inner == size else edited.resize(size, Image.Resampling.LANCZOS)
 
 
-# Masks.
-
-
-def fit_mask(mask: Image.Image, size: tuple[int, int], name: str) -> Image.Image:
-    """A mask as 8-bit grey of an image's `size` (width, height), scaled where only its scale differs, with a warning.
+def fit_mask(mask: Image.Image, size: tuple[int, int], name: str = "--mask") -> Image.Image:
+    """A mask as 8-bit grey of an image's `size` (width, height), scaled where only its scale differs.
 
     Raises UserError, which calls it `name`, where its shape is another or it leaves nothing to edit.
     """
     from PIL import Image
 
     mask, (width, height) = mask.convert("L"), size
-    described = f"{name}: {mask.width}x{mask.height} for an image of {width}x{height}"
-    if mask.size != size:
-        # The same shape, if the sides of the smaller one may have been rounded.
-        if abs(mask.height * width - mask.width * height) > max(mask.width, width):
-            raise UserError(f"{described}, another shape; give a mask of the image's size")
-        warn(f"{described}: scaled")
-        mask = mask.resize(size, Image.Resampling.BILINEAR)
+    # The same shape, if the sides of the smaller one may have been rounded.
+    if abs(mask.height * width - mask.width * height) > max(mask.width, width):
+        of = f"{mask.width}x{mask.height} for an image of {width}x{height}"
+        raise UserError(f"{name}: {of}, another shape; give a mask of the image's size")
     if mask.getextrema()[1] < 128:
         raise UserError(f"{name}: nowhere brighter than mid-grey; paint white what is to be edited")
-    return mask
+    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def keep_outside(image: Image.Image, edited: Image.Image, mask: Image.Image) -> Image.Image:
@@ -305,9 +325,9 @@ def keep_outside(image: Image.Image, edited: Image.Image, mask: Image.Image) -> 
     from PIL import Image
 
     grey = np.asarray(mask)
-    inside = cv2.distanceTransform((grey > 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    share = np.minimum(inside / max(1, min(mask.size) / 64), 1)[..., None] * (grey[..., None] / 255)
-    before, after = np.asarray(image, np.float64), np.asarray(edited, np.float64)
+    depth = cv2.distanceTransform((grey > 0).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    share = (np.minimum(depth * 64 / min(mask.size), 1) * (grey / 255))[..., None]
+    before, after = np.asarray(image, float), np.asarray(edited, float)
     return Image.fromarray((before + share * (after - before)).round().astype(np.uint8))
 
 
@@ -372,6 +392,60 @@ def sample_with(pipeline, name: str | None):
         pipeline.scheduler = own
 
 
+@contextlib.contextmanager
+def in_windows(pipeline, side: int):
+    """While open, no network of the pipeline sees more than `side` by `side` pixels at a time; 0 changes nothing.
+
+    `side` is a multiple of `size_multiple`. Larger latents go through the UNet in overlapping windows, one after
+    another, and a pixel gets the mean of the windows' predictions, weighted by a bell over each: the least-squares
+    answer of MultiDiffusion (Bar-Tal et al. 2023, section 3), since a sampler's step is linear in the prediction. The
+    autoencoder works in diffusers' tiles. What fits into one window passes through as it is.
+    """
+    if not side:
+        yield
+        return
+    import torch
+
+    unet, vae, window = pipeline.unet, pipeline.vae, side // pipeline.vae_scale_factor
+
+    def bell(length: int):  # above 0 everywhere, and highest in the middle
+        return torch.sin(torch.pi * (torch.arange(length, device=unet.device) + 0.5) / length) ** 2
+
+    def forward(sample, *args, **kwargs):  # (B, 8, h, w) -> [(B, 4, h, w)]
+        height, width = sample.shape[-2:]
+        if max(height, width) <= window:
+            return predict(sample, *args, **kwargs)
+        weight = bell(min(window, height))[:, None] * bell(min(window, width))
+        total = torch.zeros_like(sample[:, : unet.config.out_channels], dtype=torch.float32)
+        weights = torch.zeros_like(total[0, 0])
+        for top, left in itertools.product(window_starts(height, window), window_starts(width, window)):
+            place = (..., slice(top, top + window), slice(left, left + window))
+            total[place] += weight * predict(sample[place], *args, **kwargs)[0]
+            weights[place] += weight
+        return ((total / weights).to(sample.dtype),)
+
+    predict, patched = unet.forward, unet.__dict__.get("forward")
+    tiling = {name: getattr(vae, name) for name in ("use_tiling", "tile_sample_min_size", "tile_latent_min_size")}
+    unet.forward = forward
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = side, window
+    try:
+        yield
+    finally:
+        del unet.forward
+        if patched:
+            unet.forward = patched
+        for name, value in tiling.items():
+            setattr(vae, name, value)
+
+
+def window_starts(length: int, window: int) -> list[int]:
+    """Where windows begin that cover `length` evenly, each overlapping the next by at least OVERLAP of itself."""
+    rest = max(length - window, 0)
+    count = math.ceil(rest / (window * (1 - OVERLAP)))
+    return [round(rest * number / max(count, 1)) for number in range(count + 1)]
+
+
 def encode_images(pipeline, images: list[Image.Image]) -> torch.Tensor:
     """B RGB images of one size that the model takes to latents (B, 4, h, w), for many calls of `edit_batch`."""
     import torch
@@ -392,24 +466,26 @@ def edit_batch(
     image_guidance_scale: float,
     scheduler: str | None = None,
     negative_prompt: str = "",
+    tile: int = 0,
     on_step=None,
 ) -> list[Image.Image | str]:
     """Edit B RGB images of one size, which `fit_image` gave: B images of that size, or why there is none. They may come
-    as what `encode_images` made of them. `scheduler` is a key of SCHEDULERS, None for the pipeline's own. Guidance
-    leads away from what `negative_prompt` says: its embedding stands where equation 3 has the empty instruction.
+    as what `encode_images` made of them. `scheduler` is a key of SCHEDULERS, None for the pipeline's own.
 
     Every image draws its noise from a generator of its own, on the CPU, so the draws do not depend on the
     batch or the device. What remains is rounding: another batch size may sum a matrix product in another
     order. In float32 the tests hold that to 1/255 a pixel; half precision on a GPU may differ by more.
 
-    `on_step` is diffusers' callback_on_step_end.
+    Guidance leads away from the `negative_prompt`, which equation 3 leaves empty. What is larger than `tile` pixels is
+    edited `in_windows` of that side, or the next that the model takes. `on_step` is diffusers' callback_on_step_end.
     """
     import numpy as np
     import torch
     from PIL import Image
 
     branches = skip_needless_branch(pipeline.unet, guidance_scale, image_guidance_scale)
-    with branches, sample_with(pipeline, scheduler):
+    side = tile + -tile % size_multiple(pipeline)
+    with branches, sample_with(pipeline, scheduler), in_windows(pipeline, side):
         output = pipeline(
             instructions,
             image=images,
@@ -438,31 +514,17 @@ def edit(
     images: list[Image.Image],
     seeds: list[int],
     *,
-    steps: int,
-    guidance_scale: float,
-    image_guidance_scale: float,
-    scheduler: str | None = None,
-    negative_prompt: str = "",
     resolution: int = 0,
-    on_step=None,
+    **options,
 ) -> list[Image.Image]:
     """Edit B upright RGB images whose sizes agree once padded: B images of the sizes they had.
 
     A short side above `resolution` is scaled down for the model, 0 for no limit. The noise of an image depends on its
-    seed alone, see `edit_batch`. Raises UserError if an output is not finite, or was withheld by a safety checker.
+    seed alone, see `edit_batch`, which takes the `options`. Raises UserError if an output is not finite, or was
+    withheld by a safety checker.
     """
-    results = edit_batch(
-        pipeline,
-        instructions,
-        [fit_image(image, resolution, size_multiple(pipeline)) for image in images],
-        seeds,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        image_guidance_scale=image_guidance_scale,
-        scheduler=scheduler,
-        negative_prompt=negative_prompt,
-        on_step=on_step,
-    )
+    fitted = [fit_image(image, resolution, size_multiple(pipeline)) for image in images]
+    results = edit_batch(pipeline, instructions, fitted, seeds, **options)
     for result in results:
         if isinstance(result, str):
             raise UserError(f"{pipeline.name_or_path or 'editing'}: {result}; try another seed or another model")

@@ -17,6 +17,8 @@ from instruct_pix2pix.files import file_sha256, flush, read_json_lines, write_js
 from instruct_pix2pix.models.trained import configuration, is_checkpoint
 
 RECORD = "edits.jsonl"
+# Settings that came later, and what they are where a record does not name them.
+DEFAULTS = {"negative_prompt": "", "variation": 1, "tile": 0}
 READY = ".ready"  # a folder: outputs that are written, and not yet all in their places
 
 
@@ -87,6 +89,7 @@ def is_finished(output_dir: Path, output: str, settings: dict, records: dict, ov
     record = own_record(output_dir, output, records)
     if record is None:
         return False
+    record = DEFAULTS | {"dtype": "float16" if record.get("device") == "cuda" else "float32"} | record
     for name, setting in settings.items():
         if record.get(name) != setting:
             if overwrite:

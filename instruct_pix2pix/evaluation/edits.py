@@ -255,9 +255,10 @@ def edit_by_pipeline(model: Model, row: Row, samples: list[Sample], args, autoen
         pipeline = editing.load_pipeline(model.name, "--model", safety_checker=None)
         vae = weights_sha256(pipeline.vae)
         for how in settings.values():
-            how |= {"vae": vae, "dtype": str(pipeline.unet.dtype).removeprefix("torch.")}
+            how |= {"vae": vae}
         flags = {"model_id": model.name, "steps": args.num_inference_steps, "format": "png", "compile": False}
-        flags = argparse.Namespace(**vars(args) | flags | {"resolution": 0})
+        flags |= {"resolution": 0, "negative_prompt": "", "tile": 0}
+        flags = argparse.Namespace(**vars(args) | flags)
         _, left_out = edit_all(pipeline, flags, settings, missing, timed=True)
         if left_out:
             raise UserError(
