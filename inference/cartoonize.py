@@ -4,8 +4,8 @@
     python inference/cartoonize.py --image photo.jpg --output cartoon.png
     python inference/cartoonize.py --image https://example.org/photo.jpg --model_id outputs/my_cartoonizer
 
-Runs on CUDA in half precision where there is a GPU, otherwise on the CPU in single precision. The output has
-the size of the input. Folders of images are for edit_images.py.
+Runs on CUDA in half precision, else on Apple's GPU or the CPU in single precision. The output has the size of the
+input. Folders of images are for edit_images.py.
 """
 
 from instruct_pix2pix import cli, editor

@@ -48,9 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("dataset", "instead of images and instructions")
     data.add_argument("--dataset", help="triples: anything that training takes as --dataset_name")
     add_source_flags(data, editing=True)
-    what.add_argument(
-        "--mask", help="where it is black, nothing changes: an image, or a folder of them by the same names"
-    )
+    what.add_argument("--mask", help="an image, black where nothing is to change, or a folder of them by same names")
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", required=True, help="folder for the edited images, made if missing")
     output.add_argument("--format", choices=("png", "jpg", "webp"), default="png", help="file type of the outputs")

@@ -424,7 +424,6 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
     made: list[Edit] = []
     left_out: dict[str, str] = {}
     compiled, edited, steps = args.compile, 0, args.steps
-    options = {"negative_prompt": args.negative_prompt, "tile": args.tile}
     bar = tqdm(
         total=len(sizes),
         desc="editing",
@@ -453,7 +452,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
         def edit_with_fallback(*arguments):
             nonlocal compiled
             try:
-                how = sampling(batch[0])._asdict() | options
+                how = sampling(batch[0])._asdict() | {"negative_prompt": args.negative_prompt, "tile": args.tile}
                 return editing.edit_batch(pipeline, *arguments, **how, on_step=show_progress)
             except torch.OutOfMemoryError:
                 raise MemoryShortage(
@@ -541,8 +540,7 @@ def edit_folder(args) -> bool:
     try:
         if sizes:
             pipeline = load_model(args)
-            editing.warn_of_cut(pipeline, dict.fromkeys(edit.instruction for edit in sizes))
-            editing.warn_of_cut(pipeline, [args.negative_prompt], "--negative_prompt")
+            editing.warn_of_cut(pipeline, dict.fromkeys(edit.instruction for edit in sizes), args.negative_prompt)
             made, failed = edit_all(pipeline, args, settings, sizes)
             left_out |= failed
         done = set(finished) | set(made)

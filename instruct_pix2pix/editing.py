@@ -133,13 +133,14 @@ def guidance_warning(guidance_scale: float, image_guidance_scale: float, negativ
     return f"{off}; {unused}" if unused else off
 
 
-def warn_of_cut(pipeline, texts: Iterable[str], flag: str = "--instruction") -> None:
+def warn_of_cut(pipeline, instructions: Iterable[str], negative_prompt: str) -> None:
     """Say what the text encoder will not see: CLIP reads 77 tokens, of which two mark start and end."""
     tokenizer, limit = pipeline.tokenizer, pipeline.tokenizer.model_max_length
-    lost = [tokenizer.decode(tokens[limit - 1 : -1]) for tokens in tokenizer(list(texts)).input_ids if tokens[limit:]]
-    if lost:
-        others = f", nor the end of {len(lost) - 1} others" if lost[1:] else ""
-        warn(f"{flag}: longer than the {limit} tokens that the model reads; it does not see {lost[0]!r}{others}")
+    for flag, texts in {"--instruction": list(instructions), "--negative_prompt": [negative_prompt]}.items():
+        lost = [tokenizer.decode(ids[limit - 1 : -1]) for ids in tokenizer(texts).input_ids if ids[limit:]]
+        if lost:
+            others = f", nor the end of {len(lost) - 1} others" if lost[1:] else ""
+            warn(f"{flag}: longer than the {limit} tokens that the model reads; it does not see {lost[0]!r}{others}")
 
 
 # Models.
@@ -509,13 +510,7 @@ def edit_batch(
 
 
 def edit(
-    pipeline,
-    instructions: list[str],
-    images: list[Image.Image],
-    seeds: list[int],
-    *,
-    resolution: int = 0,
-    **options,
+    pipeline, instructions: list[str], images: list[Image.Image], seeds: list[int], *, resolution: int = 0, **options
 ) -> list[Image.Image]:
     """Edit B upright RGB images whose sizes agree once padded: B images of the sizes they had.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,14 +37,13 @@ class Editor:
     usual = Setting(editing.NUM_INFERENCE_STEPS, editing.IMAGE_GUIDANCE_SCALE, editing.GUIDANCE_SCALE)
 
     def __init__(self, model_id: str, device: str = "auto", dtype: str = "auto", usual: Setting = usual):
-        self.model_id, self.device, self.dtype, self.usual = str(model_id), device, dtype, usual
+        self.model_id, self.device, self.dtype, self.usual = os.path.expanduser(model_id), device, dtype, usual
         editing.check_model(self.model_id)
         self.recommended = editing.recommended_settings(self.model_id)
 
     @classmethod
     def from_pretrained(cls, model_id: str, device: str = "auto", dtype: str = "auto") -> Editor:
-        """The editor with its weights loaded. `device`: auto, cuda, mps or cpu; `dtype`: auto, float32, float16 or
-        bfloat16. Raises UserError."""
+        """The editor with its weights loaded; `device` and `dtype` as --device and --dtype. Raises UserError."""
         editor = cls(model_id, device, dtype)
         _ = editor.pipeline
         return editor
@@ -97,8 +97,7 @@ class Editor:
             mask = editing.fit_mask(opened, picture.size)
             if mask.size != opened.size:
                 print("--mask: {}x{} is scaled to the image's size".format(*opened.size))
-        editing.warn_of_cut(self.pipeline, [instruction])
-        editing.warn_of_cut(self.pipeline, [negative_prompt], "--negative_prompt")
+        editing.warn_of_cut(self.pipeline, [instruction], negative_prompt)
 
         def report(_, step, __, tensors):
             if on_step:

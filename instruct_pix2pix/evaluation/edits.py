@@ -257,8 +257,7 @@ def edit_by_pipeline(model: Model, row: Row, samples: list[Sample], args, autoen
         for how in settings.values():
             how |= {"vae": vae}
         flags = {"model_id": model.name, "steps": args.num_inference_steps, "format": "png", "compile": False}
-        flags |= {"resolution": 0, "negative_prompt": "", "tile": 0}
-        flags = argparse.Namespace(**vars(args) | flags)
+        flags = argparse.Namespace(**vars(args) | flags | {"resolution": 0, "negative_prompt": "", "tile": 0})
         _, left_out = edit_all(pipeline, flags, settings, missing, timed=True)
         if left_out:
             raise UserError(
