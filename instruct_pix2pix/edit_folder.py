@@ -55,8 +55,7 @@ CONTACT_SHEET = "contact_sheet.png"
 
 @dataclass(frozen=True)
 class Edit:
-    """One image to edit: where it is, what to do, where the result goes (relative to the output folder), which of its
-    variations this is, and where its mask is."""
+    """One image to edit: where it is, what to do, where the result goes in the output folder, which variation, mask."""
 
     image: Path
     instruction: str
