@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLD_VENV ?= .venv-old-libraries
 
-.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base test test-fast test-old-libraries soak long-run lint bench clean
+.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base demo test test-fast test-old-libraries soak long-run lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -15,6 +15,10 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+$(VENV)/.installed-demo: $(VENV)/.installed requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-demo.txt
 	@touch $@
 
 $(OLD_VENV)/.installed: requirements-old-libraries.txt
@@ -41,6 +45,11 @@ evaluate-low-level: outputs/quickstart-low-level/pipeline/model_index.json $(VEN
 
 outputs/quickstart-low-level/pipeline/model_index.json:
 	@echo "$@ is missing: run make quickstart-low-level first" >&2; exit 2
+
+# A page to edit photos on, at http://127.0.0.1:7860. DEMO="--model_id OWNER/MODEL" shows another model than the tiny one.
+demo: $(VENV)/.installed-demo
+	$(BIN)/python inference/app.py $(or $(DEMO),--model_id assets/tiny-instruct-pix2pix --resolution 128 \
+		--guidance_scale 1 --image_guidance_scale 1 --examples "make it sepia" "make it black and white" "light up the dark photo")
 
 # Trains models like those in assets/, into outputs/tiny_models: some two hours on one CPU core.
 tiny-base: $(VENV)/.installed

@@ -32,15 +32,8 @@ PHOTOS = [f"assets/photos/test/{name}.webp" for name in PHOTOS]
 INSTRUCTIONS = ["Cartoonize the following image", "derain the image", "denoise the noisy image"]
 INSTRUCTIONS += ["deblur the blurry image", "enhance the low-light image"]
 MAX_MEGABYTES = 20  # of an uploaded file
-MAX_PIXELS = 25_000_000  # of a picture, unless --max_image_pixels says otherwise
-QUEUE = 20  # edits that wait; a visitor beyond is asked to come back
-SECONDS_KEPT = 3600  # of pictures on the disk, once nobody has touched them
-DROP = f"Drop a photo here\nof up to {MAX_MEGABYTES} MB"
-STYLE = """
-.gradio-container {max-width: 1200px !important; width: 100%; margin: auto !important}
-#photos img {width: 96px; height: 72px; object-fit: cover}
-footer {display: none !important}
-"""
+STYLE = """.gradio-container {max-width: 1200px !important; width: 100%; margin: auto !important}
+#photos img {width: 96px; height: 72px; object-fit: cover} footer {display: none !important}"""
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__, parents=[space])
     parser.add_argument("--examples", nargs="+", metavar="TEXT", help="instructions to choose from, the first is set")
     editing.add_sampling_flags(parser, "instruction-tuning-sd/cartoonizer")
-    parser.set_defaults(max_image_pixels=str(MAX_PIXELS))  # text, so that the flag's type takes it and sets the limit
+    parser.set_defaults(max_image_pixels="25000000")  # text, so that the flag's type takes it and sets the limit
     args = parser.parse_args(argv)
     if args.num_variations > 1:
         raise cli.UserError(f"--num_variations: {args.num_variations}, but the page shows one edit; leave it out")
@@ -71,9 +64,8 @@ def write_space(args: argparse.Namespace) -> None:
     look = {"title": f"{model.split('/')[-1]}: edit photos", "emoji": "🖼️", "colorFrom": "blue", "colorTo": "indigo"}
     start = {"sdk": "gradio", "sdk_version": version, "python_version": "3.11", "app_file": "app.py"}
     card = SpaceCardData(**look, **start, models=[model], license="apache-2.0")
-    shutil.copytree(
-        ROOT / "instruct_pix2pix", folder / "instruct_pix2pix", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    caches = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "instruct_pix2pix", folder / "instruct_pix2pix", ignore=caches)
     for name in ("LICENSE", "inference/app.py", "assets/photos/CREDITS.csv", *PHOTOS):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -88,8 +80,7 @@ def build_page(editor, args: argparse.Namespace):
     """The page, a gradio.Blocks: an Editor edits, one photo at a time, with the settings that come with it."""
     import gradio as gr
 
-    # The file as it came: gradio would open it in its own way, and say in its own words what is wrong with it. An own
-    # subclass would make gradio write a stub beside this file.
+    # The file as it came, opened by read_image. Not a subclass: for one gradio writes a stub beside this file.
     gr.Image.preprocess = lambda self, payload: payload and payload.path
 
     def setting_for(instruction: str) -> list:
@@ -115,30 +106,24 @@ def build_page(editor, args: argparse.Namespace):
         picture.thumbnail((1024, 1024))
         return picture, gr.skip()
 
-    def mask_of(painted, size):
-        """What was painted, as a mask of the photo's size (width, height); None for nothing."""
+    def mask_of(painted):
+        """What was painted, as a mask for the editor; None for nothing."""
         alpha = painted["layers"][0].getchannel("A") if painted and painted["layers"] else None
-        return alpha.point(lambda value: 255 * (value > 0)).resize(size) if alpha and alpha.getbbox() else None
+        return alpha.point(lambda value: 255 * (value > 0)) if alpha and alpha.getbbox() else None
 
     @(spaces.GPU if spaces else lambda function: function)
     def edit(path, instruction, painted, steps, image_scale, text_scale, scheduler, seed, bar=gr.Progress()):  # noqa: B008
         """Edit a photo: (before, after). A painted mask says where; nothing painted is everywhere."""
         if not path:
             raise gr.Error("Choose a photo first.", print_exception=False)
-        if warning := editing.guidance_warning(text_scale, image_scale):
+        setting = Setting(steps, image_scale, text_scale, scheduler)
+        if warning := editing.guidance_warning(text_scale, image_scale, args.negative_prompt):
             gr.Info(warning.replace("--", ""))
+        options = {name: getattr(args, name) for name in ("negative_prompt", "resolution", "tile")}
+        options |= {"seed": seed, "mask": mask_of(painted), "on_step": lambda *done: bar(done, desc="Editing")}
         try:
             before = read_image(path)
-            after = editor(
-                before,
-                instruction,
-                **Setting(steps, image_scale, text_scale, scheduler)._asdict(),
-                seed=seed,
-                mask=mask_of(painted, before.size),
-                negative_prompt=args.negative_prompt,
-                resolution=args.resolution,
-                on_step=lambda *done: bar(done, desc="Editing"),
-            )
+            after = editor(before, instruction, **setting._asdict(), **options)
         except cli.UserError as error:
             raise gr.Error(said(error), print_exception=False) from None
         return before, after
@@ -146,14 +131,14 @@ def build_page(editor, args: argparse.Namespace):
     tasks = editor.recommended["tasks"].values() if editor.recommended else ()
     examples = args.examples or [task["instructions"][0] for task in tasks if task["instructions"]] or INSTRUCTIONS
     steps, image_scale, text_scale, scheduler = start = setting_for(examples[0])
-    with gr.Blocks(title="Edit a photo", analytics_enabled=False, delete_cache=(SECONDS_KEPT, SECONDS_KEPT)) as page:
+    with gr.Blocks(title="Edit a photo", analytics_enabled=False, delete_cache=(3600, 3600)) as page:  # seconds
         gr.Markdown("# Edit a photo by instruction")
         with gr.Row():
             with gr.Column():
-                photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=400, placeholder=DROP)
-                tried = gr.Examples(
-                    [str(ROOT / name) for name in PHOTOS], photo, label="Photos to try", elem_id="photos"
-                )
+                ask = f"Drop a photo here\nof up to {MAX_MEGABYTES} MB"
+                photo = gr.Image(label="Photo", sources=["upload", "clipboard"], height=400, placeholder=ask)
+                photos = [str(ROOT / name) for name in PHOTOS]
+                tried = gr.Examples(photos, photo, label="Photos to try", elem_id="photos")
                 instruction = gr.Textbox(examples[0], label="Instruction", max_length=500)
                 button = gr.Button("Edit", variant="primary")
                 gr.Examples(examples, instruction, label="For example")
@@ -161,26 +146,26 @@ def build_page(editor, args: argparse.Namespace):
                 result = gr.ImageSlider(label="Before and after", format="png", interactive=False, height=400)
                 with gr.Accordion("Edit only a part", open=False):
                     brush = gr.Brush(colors=["#f97316"], color_mode="fixed")
-                    ask = "Paint over what may change"
-                    mask = gr.ImageMask(type="pil", label=ask, sources=(), transforms=(), brush=brush)
+                    mask = gr.ImageMask(
+                        type="pil", label="Paint what may change", sources=(), transforms=(), brush=brush
+                    )
                 with gr.Accordion("Settings", open=False):
                     settings = [
                         gr.Slider(1, max(100, steps), steps, step=1, label="Steps"),
                         gr.Slider(0, max(5, image_scale), image_scale, step=0.1, label="Image guidance"),
                         gr.Slider(0, max(20, text_scale), text_scale, step=0.1, label="Text guidance"),
                         gr.Dropdown([("the model's own", "own"), *SCHEDULERS], value=scheduler, label="Scheduler"),
+                        gr.Number(args.seed, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
                     ]
-                    seed = gr.Number(args.seed, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
         # In the queue too: what a visitor is told travels there.
         aside = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
         for event in (photo.upload, tried.load_input_event.then):
             event(choose, photo, [mask, photo], **aside)
         if tasks:
             last = gr.State(start)
-            instruction.change(follow, [instruction, last], [last, *settings], **aside)
-        inputs = [photo, instruction, mask, *settings, seed]
-        gr.on([button.click, instruction.submit], edit, inputs, result, api_name="edit")
-    return page.queue(max_size=QUEUE)
+            instruction.change(follow, [instruction, last], [last, *settings[:4]], **aside)
+        gr.on([button.click, instruction.submit], edit, [photo, instruction, mask, *settings], result, api_name="edit")
+    return page.queue(max_size=20)  # a visitor beyond is asked to come back
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
 
     page = build_page(Editor.from_pretrained(args.model_id, device=args.device, dtype=args.dtype), args)
     theme = gr.themes.Default(primary_hue="blue", font="system-ui")
-    page.launch(max_file_size=MAX_MEGABYTES * gr.FileSize.MB, theme=theme, css=STYLE)
+    page.launch(max_file_size=f"{MAX_MEGABYTES}mb", theme=theme, css=STYLE)
 
 
 if __name__ == "__main__":
