@@ -114,8 +114,8 @@ def build_page(editor, args: argparse.Namespace):
     @(spaces.GPU if spaces else lambda function: function)
     def edit(path, instruction, painted, steps, image_scale, text_scale, scheduler, seed, bar=gr.Progress()):  # noqa: B008
         """Edit a photo: (before, after). A painted mask says where; nothing painted is everywhere."""
-        if not path:
-            raise gr.Error("Choose a photo first.", print_exception=False)
+        if not (path and instruction.strip()):
+            raise gr.Error("Choose a photo, and say what to do with it.", print_exception=False)
         setting = Setting(steps, image_scale, text_scale, scheduler)
         if warning := editing.guidance_warning(text_scale, image_scale, args.negative_prompt):
             gr.Info(warning.replace("--", ""))
