@@ -143,12 +143,12 @@ def build_page(editor, args: argparse.Namespace):
                 button = gr.Button("Edit", variant="primary")
                 gr.Examples(examples, instruction, label="For example")
             with gr.Column():
-                result = gr.ImageSlider(label="Before and after", format="png", interactive=False, height=400)
+                tall = {"height": 400, "max_height": 400}
+                result = gr.ImageSlider(label="Before and after", format="png", interactive=False, **tall)
                 with gr.Accordion("Edit only a part", open=False):
                     brush = gr.Brush(colors=["#f97316"], color_mode="fixed")
-                    mask = gr.ImageMask(
-                        type="pil", label="Paint what may change", sources=(), transforms=(), brush=brush
-                    )
+                    only = {"sources": (), "transforms": (), "brush": brush}
+                    mask = gr.ImageMask(type="pil", label="Paint what may change", **only)
                 with gr.Accordion("Settings", open=False):
                     settings = [
                         gr.Slider(1, max(100, steps), steps, step=1, label="Steps"),
