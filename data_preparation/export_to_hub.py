@@ -24,12 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder = args.folder
     shards = sorted(folder.glob("data/*.parquet"))
-    if not folder.is_dir():
-        raise UserError(f"FOLDER: {folder}: no such folder; give one that a build script has made")
     if not (folder / "README.md").is_file() or not shards:
-        raise UserError(
-            f"FOLDER: {folder}: no finished dataset (README.md and data/*.parquet); run its build command again"
-        )
+        remedy = "give a folder that a build command has finished"
+        raise UserError(f"FOLDER: {folder}: no finished dataset (README.md and data/*.parquet); {remedy}")
 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
@@ -55,15 +52,13 @@ def main(argv: list[str] | None = None) -> None:
             allow_patterns=["README.md", "preview.png", "skipped.jsonl", "data/*.parquet"],
             delete_patterns=["data/*.parquet"],
         )
-    except HFValidationError as error:
-        raise UserError(f"REPO_ID: {args.repo_id}: {first_line(error)}; give USER/NAME") from None
     except Exception as error:  # besides its own errors the client raises those of whichever HTTP library it uses
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        if code in (401, 403) or isinstance(error, LocalTokenNotFoundError):
-            raise UserError(
-                f"REPO_ID: {args.repo_id}: not allowed ({first_line(error)}); log in with a token that may write"
-            ) from None
-        raise UserError(f"REPO_ID: {args.repo_id}: {first_line(error)}; run the command again") from None
+        code, remedy = getattr(getattr(error, "response", None), "status_code", None), "run the command again"
+        if isinstance(error, HFValidationError):
+            remedy = "give USER/NAME"
+        elif isinstance(error, LocalTokenNotFoundError) or code in (401, 403):
+            remedy = "log in with a token that may write"
+        raise UserError(f"REPO_ID: {args.repo_id}: {first_line(error)}; {remedy}") from None
     size = sum(path.stat().st_size for path in shards) / 1e6
     print(f"{len(shards)} shards ({size:.1f} MB) and the card: {repo}")
     print(f"commit: {commit.commit_url}")

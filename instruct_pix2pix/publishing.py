@@ -1,4 +1,4 @@
-"""What leaves the machine: the pipeline folder, its model card, and the upload.
+"""What leaves the machine: the pipeline folder and its model card.
 
 `config` is the training's configuration, `flags` the same as a dict, as it is written down: without the token.
 """
@@ -9,19 +9,16 @@ import json
 import logging
 import os
 import re
-import shlex
 import shutil
 from pathlib import Path
 
 import diffusers
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from instruct_pix2pix import editing
+from instruct_pix2pix import editing, evidence
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, SETTINGS_FILE, Setting, choose_setting, read_settings
 from instruct_pix2pix.files import (
@@ -44,35 +41,17 @@ CONFIG_FILE = "training_config.json"
 SUMMARY_FILE = "training_summary.json"
 INDEX_FILE = "model_index.json"  # what makes a folder a pipeline
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-EXPORTED = ("README.md", *PIPELINE_FOLDERS)
+EXPORTED = ("README.md", evidence.IMAGES, *PIPELINE_FOLDERS)
 MOST_METADATA = 1 << 18  # characters of a base model's card that are looked at
 # Only these are uploaded: never checkpoints, caches, logs or trackers' files.
-PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, SETTINGS_FILE, *(f"{folder}/*" for folder in PIPELINE_FOLDERS)]
+PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, SETTINGS_FILE]
+PUBLISHED += [f"{folder}/*" for folder in (*PIPELINE_FOLDERS, evidence.IMAGES)]
 
 
 class NotFinite(UserError):
     """Weights that no pipeline can be made of."""
 
     exit_code = 1
-
-
-def prepare_repo(config) -> str:
-    """Make the repository if it is missing, before hours of training; returns its full id."""
-    token = config.hub_token or get_token()
-    if not token:
-        raise UserError("--push_to_hub: no Hub token; run `hf auth login`, set HF_TOKEN, or give --hub_token")
-    name = config.hub_model_id or Path(config.output_dir).resolve().name
-    try:
-        validate_repo_id(name)
-        api = HfApi(token=token)
-        if "/" not in name:
-            name = f"{api.whoami()['name']}/{name}"
-        return api.create_repo(name, exist_ok=True, private=config.hub_private_repo).repo_id
-    except ValueError as error:
-        raise UserError(f"--hub_model_id: {name!r} is not a repository name ({error})") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--push_to_hub: cannot make or reach {name}: {reason}") from error
 
 
 def begin(output_dir: str | os.PathLike, flags: dict) -> None:
@@ -145,24 +124,30 @@ def _keep_settings(output_dir: Path, new: Path) -> None:
             path.unlink()
 
 
-def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path) -> None:
+def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path, name: str | None = None, config=None) -> None:
     """Write a whole checkpoint as the pipeline that training would have exported there, into a new folder that is there
     whole or not at all. Raises NotFinite, and UserError where the base model or the disk does not give what it needs.
+
+    The card calls the model `name`, or as the folder is called. `config` is the run's own, while it goes on.
     """
-    state, config = trained.read_state(checkpoint), trained.configuration(checkpoint)
+    state = trained.read_state(checkpoint)
+    if config is None:
+        config = trained.configuration(checkpoint)
+        config.output_dir = Path(checkpoint).resolve().parent  # the run may have been moved
     size = 4 * sum(sd.count_parameters(sd.read_base_configs(config)).values())
     check_folder("--output_dir", output_dir, size, "the pipeline")
-    unet = trained.load_unet(checkpoint)
+    # The other way of loading gives every module built meanwhile, in any thread, empty weights.
+    unet = trained.load_unet(checkpoint, low_cpu_mem_usage=False)
     check_finite(unet)
     flags = state["flags"]
-    summary = {"steps": state["step"], "images": state["samples_seen"]}
+    summary = {"steps": state["step"], "images": state["samples_seen"], "commit": state.get("commit")}
     with contextlib.suppress(OSError, ValueError):  # the run's own, where this was its last update
-        run = json.loads((Path(checkpoint).resolve().parent / SUMMARY_FILE).read_text(encoding="utf-8"))
+        run = json.loads((Path(config.output_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
         summary = run if run["steps"] == state["step"] else summary
     prompt = config.validation_prompt
     instruction = prompt if isinstance(prompt, str) else state.get("instruction", "...")
     with _made_whole(output_dir) as new:
-        _write_export(new, config, flags, unet, summary, output_dir.name, instruction)
+        _write_export(new, config, flags, unet, summary, name or output_dir.name, instruction)
 
 
 def export_single_file(model: str, file: Path, half: bool) -> list[str]:
@@ -218,8 +203,9 @@ def _made_whole(output: Path):
 def _write_export(folder: Path, config, flags: dict, unet, summary: dict, name: str | None, instruction: str) -> None:
     """All that an export holds, whole on the disk; the card calls the model `name`, or as --output_dir is called."""
     _write_pipeline(folder, config, unet)
-    write_json(folder / CONFIG_FILE, _hide_paths(flags))
-    write_text(folder / "README.md", model_card(config, flags, summary, name, instruction))
+    write_json(folder / CONFIG_FILE, hide_paths(flags))
+    shown = evidence.gather(Path(config.output_dir), summary["steps"], folder)
+    write_text(folder / "README.md", model_card(config, flags, summary, name, instruction, *shown))
     for path in (folder, *folder.rglob("*")):
         flush(path)
 
@@ -264,7 +250,7 @@ def _write_pipeline(folder: Path, config, unet) -> None:
     unet.save_pretrained(folder / "unet")
     unet_config = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
     unet_config.pop("_name_or_path", None)  # where this run took it from: the base model or a checkpoint
-    write_json(folder / "unet/config.json", _hide_paths(unet_config))
+    write_json(folder / "unet/config.json", hide_paths(unet_config))
 
     scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
     write_json(
@@ -301,13 +287,13 @@ def _copy(source: Path, target: Path) -> None:
     """Byte by byte, unless it is a configuration that names a path of this machine."""
     target.parent.mkdir(parents=True, exist_ok=True)
     content = json.loads(source.read_text(encoding="utf-8")) if source.name.endswith("config.json") else {}
-    if _hide_paths(content) == content:
+    if hide_paths(content) == content:
         shutil.copyfile(source, target)
     else:
-        write_json(target, _hide_paths(content))
+        write_json(target, hide_paths(content))
 
 
-def _hide_paths(flags: dict) -> dict:
+def hide_paths(flags: dict) -> dict:
     """Of a path on this machine its last part only."""
 
     def shown(value):
@@ -318,31 +304,7 @@ def _hide_paths(flags: dict) -> dict:
     return {name: shown(value) for name, value in flags.items()}
 
 
-# ---- the Hub
-
-
-def push(config, repo_id: str) -> bool:
-    """Upload pipeline and card in one commit. A failure loses nothing: it is said, with the command for later."""
-    try:
-        url = HfApi(token=config.hub_token or get_token()).upload_folder(
-            repo_id=repo_id,
-            folder_path=config.output_dir,
-            allow_patterns=PUBLISHED,
-            commit_message="Upload instruction-tuned Stable Diffusion pipeline",
-        )
-    except Exception as error:  # whatever goes wrong on the way to the Hub, the model on disk is whole
-        includes = " ".join(f"--include {shlex.quote(pattern)}" for pattern in PUBLISHED)
-        logger.error(
-            "the upload failed (%s); the model is whole in %s. Later: hf upload %s %s . %s",
-            " ".join(str(error).split())[:200],
-            config.output_dir,
-            repo_id,
-            shlex.quote(str(config.output_dir)),
-            includes,
-        )
-        return False
-    logger.info("uploaded to %s", url)
-    return True
+# ---- the model card
 
 
 def _hub_id(name: str | None) -> str | None:
@@ -352,10 +314,10 @@ def _hub_id(name: str | None) -> str | None:
     return None
 
 
-def base_licence(name: str) -> str | None:
-    """The licence the base model's own card states, where that card can be read."""
+def card_licence(name: str, kind: str = "model") -> str | None:
+    """The licence that the card of a model, or of a dataset by its `kind`, states, where that can be read."""
     try:
-        path = Path(name) / "README.md" if os.path.isdir(name) else hf_hub_download(name, "README.md")
+        path = Path(name) / "README.md" if os.path.exists(name) else hf_hub_download(name, "README.md", repo_type=kind)
         with open(path, encoding="utf-8") as file:
             beginning = re.sub(r"[\r\n]+", "\n", file.read(MOST_METADATA))  # the parser is slow at empty lines
         licence = ModelCard(beginning).data.license
@@ -364,24 +326,27 @@ def base_licence(name: str) -> str | None:
     return licence if isinstance(licence, str) else None
 
 
-def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruction: str) -> str:
-    """The card's text: base model, data, licence, a snippet that runs, the settings and what training took."""
+def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruction: str, shown=(), results=()) -> str:
+    """The card's text: base model, data, licences, a snippet that runs, the settings, `shown` and `results`, which are
+    what `evidence.gather` gives, limits and what training took."""
     base, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
     base_id, data_id = _hub_id(base), _hub_id(data)
     folders = [] if data else [config.original_dir, config.edited_dir]
     trained_on = " and ".join(as_code(for_others(name)) for name in folders or [data])
-    licence = base_licence(base)
+    licence, data_licence = card_licence(base), card_licence(data, "dataset") if data else None
+    name = repo_id or for_others(config.output_dir)
     metadata = ModelCardData(
-        license=licence or "other",
+        license=licence if licence and re.fullmatch(r"[a-z0-9.+-]+", licence) else "other",
         base_model=base_id,
         datasets=[data_id] if data_id else None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "instruction-tuning"],
+        model_name=Path(name).name if results else None,
+        eval_results=results or None,
     )
-    name = repo_id or for_others(config.output_dir)
     values = {
-        flag: as_code(value).replace("|", r"\|") for flag, value in _hide_paths(flags).items() if value is not None
+        flag: as_code(value).replace("|", r"\|") for flag, value in hide_paths(flags).items() if value is not None
     }
     lines = [f"| `--{flag}` | {value} |" for flag, value in values.items()]
     took = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if value is not None)
@@ -395,11 +360,19 @@ def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruct
 A Stable Diffusion model that edits images by instruction. Its UNet was trained with the InstructPix2Pix objective
 ([Brooks et al. 2023](https://arxiv.org/abs/2211.09800)), starting from {as_code(for_others(base))}, on
 {trained_on}. Its licence follows the base model's: {as_text(licence or "not stated there, so unknown")}.
-The dataset has a licence of its own.
+The dataset has a licence of its own: {as_text(data_licence or "not stated there, so unknown")}.
 
 ## Use
 
 {_recommendation([name, instruction], setting)}
+
+{chr(10).join(f"{part}{chr(10)}" for part in ("## Results", *shown)) if shown else ""}
+## Limits
+
+- It follows instructions like those it was trained on, at sizes near its training's.
+- Every edit passes through an autoencoder, which changes small faces, letters and fine texture, wanted or not.
+- What it adds is invented to look likely: a restored photograph is no evidence of what was there.
+- It has what biases its base model and its data have, and no safety checker.
 
 ## Training
 

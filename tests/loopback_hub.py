@@ -5,13 +5,14 @@
         assert hub.files("tester/model") == [".gitattributes", "README.md", "model_index.json"]
         assert len(hub.pushes("tester/model")) == 1
 
-Every client runs in a subprocess: huggingface_hub reads HF_ENDPOINT and its companions once, when imported.
+A client runs in a subprocess, as huggingface_hub reads HF_ENDPOINT and its companions once, when imported; or in this
+process with `here(hub, monkeypatch)`.
 
-What it answers: whoami, creating and deleting repositories, branches and tags, repository info, tree,
-paths-info, refs, commits, preupload, commit (NDJSON), the Git LFS batch and upload, and resolve with ETag and
-Range. Writes need the token; reads of a private repository do too. What it leaves out: Xet storage, pull
-requests, gated repositories, listing and searching, pagination. An unknown address gets a 501 that names it:
-a gap shows instead of looking like a missing file.
+What it answers: whoami, the checks of rights and of a card's metadata, creating and deleting repositories, branches and
+tags, repository info, tree, paths-info, refs, commits, preupload, commit (NDJSON), the Git LFS batch and upload, and
+resolve with ETag and Range. Writes need the token and an own repository; reads of a private repository need the token.
+What it leaves out: Xet storage, pull requests, gated repositories, listing and searching, pagination. An unknown
+address gets a 501 that names it: a gap shows instead of looking like a missing file.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
+STAGES = ("create", "upload", "commit")
 USER = "tester"
 TOKEN = "hf_loopback_token_for_tests"
 
@@ -110,7 +114,9 @@ class LoopbackHub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str, int]] = []  # method, path, status, in order of answering
         self.lock = threading.RLock()
-        self._failing: dict[str, int] = {}
+        self._failing: dict[str, list[int]] = {}  # stage -> status, how often still
+        self._open = {stage: threading.Event() for stage in STAGES}
+        self.recover()
 
     # What tests use.
 
@@ -130,14 +136,30 @@ class LoopbackHub:
         environment.update(extra)
         return environment
 
-    def fail(self, stage: str, status: int = 403) -> None:
-        """Make pushes fail from now on, at "create" (the repository), "upload" (LFS bytes) or "commit"."""
-        assert stage in ("create", "upload", "commit"), stage
-        self._failing[stage] = status
+    def fail(self, stage: str, status: int = 403, times: int = 10**9) -> None:
+        """Make pushes fail from now on, so many `times`, at one of STAGES: "create" is that of the repository, "upload"
+        of the LFS bytes. Status 0 breaks off the connection."""
+        assert stage in STAGES, stage
+        self._failing[stage] = [status, times]
+
+    def hold(self, stage: str) -> None:
+        """Let requests of a stage wait until `recover`: a Hub that is slow."""
+        self._open[stage].clear()
 
     def recover(self) -> None:
-        """Undo every `fail`."""
+        """Undo every `fail` and `hold`."""
         self._failing.clear()
+        for stage in self._open.values():
+            stage.set()
+
+    def add(self, repo_id: str, kind: str = "model", private: bool = False) -> Repository:
+        """A new repository, of any owner."""
+        repository = Repository(kind, repo_id, private)
+        self.repositories[kind, repo_id] = repository
+        attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES))
+        tree = {".gitattributes": self._store(attributes.encode())}
+        self._record(repository, "main", "initial commit", "", None, tree, tree, [])
+        return repository
 
     def files(self, repo_id: str, kind: str = "model", revision: str = "main") -> list[str]:
         """Sorted paths in a repository, with the .gitattributes that every new repository starts with."""
@@ -199,8 +221,10 @@ class LoopbackHub:
         return commit
 
     def _check_stage(self, stage: str) -> None:
-        if stage in self._failing:
-            raise Answer(self._failing[stage], f"the loopback Hub was told to fail at the {stage} stage")
+        status, times = self._failing.get(stage, (0, 0))
+        if times > 0:
+            self._failing[stage] = [status, times - 1]
+            raise Answer(status, f"the loopback Hub was told to fail at the {stage} stage")
 
 
 def _git_blob_oid(content: bytes) -> str:
@@ -224,6 +248,7 @@ _ROUTES = [
     ("DELETE", rf"/api/{_REPO}/branch/(?P<name>.+)", "delete_branch"),
     ("POST", rf"/api/{_REPO}/tag/(?P<revision>.+)", "create_tag"),
     ("GET", rf"/api/{_REPO}/refs", "refs"),
+    ("GET", rf"/api/{_REPO}/auth-check(?P<write>/write)?", "auth_check"),
     ("GET", rf"/api/{_REPO}", "repo_info"),
     (
         "POST",
@@ -259,6 +284,8 @@ class Handler(BaseHTTPRequestHandler):
             for route_method, pattern, name in _ROUTES:
                 match = re.fullmatch(pattern, parts.path)
                 if match and route_method == method:
+                    if name in ("lfs_upload", "commit"):
+                        self.hub._open[name.removeprefix("lfs_")].wait()
                     arguments = {key: unquote(value) for key, value in match.groupdict().items() if value is not None}
                     with self.hub.lock:
                         result = getattr(self, name)(**arguments)
@@ -267,6 +294,9 @@ class Handler(BaseHTTPRequestHandler):
                     return
             raise Answer(501, f"the loopback Hub does not implement {self.command} {parts.path}")
         except Answer as answer:
+            if not answer.status:
+                self.close_connection = True
+                return
             headers = {"X-Error-Message": answer.message, **answer.headers}
             if answer.code:
                 headers["X-Error-Code"] = answer.code
@@ -329,6 +359,11 @@ class Handler(BaseHTTPRequestHandler):
         if not self.authorized():
             raise Answer(401, "Invalid username or password.")
 
+    def require_owner(self, repository: Repository) -> None:
+        self.require_token()
+        if not repository.repo_id.startswith(f"{USER}/"):
+            raise Answer(403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request")
+
     def repository(self, repo: str, kinds: str = "models") -> Repository:
         kind = kinds.removesuffix("s")
         found = self.hub.repositories.get((kind, repo))
@@ -358,7 +393,32 @@ class Handler(BaseHTTPRequestHandler):
         }
 
     def validate_yaml(self):
+        """What the Hub refuses of a card's metadata, as far as this project writes such fields."""
+        content = self.body_json()["content"]
+        front = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+        data = (yaml.safe_load(front.group(1)) if front else None) or {}
+        licences = data.get("license", "other")
+        errors = [
+            f'"license" {name!r} is none of the known'
+            for name in (licences if isinstance(licences, list) else [licences])
+            if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(name))
+        ]
+        for entry in data.get("model-index", []):
+            for result in entry["results"] if isinstance(entry.get("name"), str) else [{}]:
+                kinds = [result.get("task"), result.get("dataset"), *result.get("metrics", [None])]
+                typed = all(isinstance(kind, dict) and isinstance(kind.get("type"), str) for kind in kinds)
+                if not typed or not all(isinstance(m.get("value"), float) for m in result["metrics"]):
+                    errors.append('"model-index" is not valid')
+        if errors:
+            body = {"errors": [{"message": message} for message in errors], "warnings": []}
+            raise Answer(400, "; ".join(errors), body=body)
         return {"errors": [], "warnings": []}
+
+    def auth_check(self, kinds, repo, write=None):
+        repository = self.repository(repo, kinds)
+        if write:
+            self.require_owner(repository)
+        return {}
 
     def create_repo(self):
         self.require_token()
@@ -368,13 +428,11 @@ class Handler(BaseHTTPRequestHandler):
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
         prefix = "" if kind == "model" else f"{kind}s/"
         answer = {"url": f"{self.hub.url}/{prefix}{repo_id}", "name": repo_id, "id": repo_id}
+        if not repo_id.startswith(f"{USER}/"):
+            raise Answer(403, "You don't have the rights to create a model under this namespace")
         if (kind, repo_id) in self.hub.repositories:
             raise Answer(409, "You already created this repository", body=answer)
-        repository = Repository(kind, repo_id, private=request.get("visibility") == "private")
-        self.hub.repositories[kind, repo_id] = repository
-        attributes = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in sorted(LFS_SUFFIXES))
-        tree = {".gitattributes": self.hub._store(attributes.encode())}
-        self.hub._record(repository, "main", "initial commit", "", None, tree, tree, [])
+        self.hub.add(repo_id, kind, private=request.get("visibility") == "private")
         return answer
 
     def delete_repo(self):
@@ -468,6 +526,7 @@ class Handler(BaseHTTPRequestHandler):
         self.require_token()
         self.hub._check_stage("commit")
         repository = self.repository(repo, kinds)
+        self.require_owner(repository)
         if revision not in repository.branches:
             raise Answer(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         parent = self.revision_of(repository, revision)
@@ -611,8 +670,26 @@ def loopback_hub(folder: str | os.PathLike | None = None) -> Iterator[LoopbackHu
     try:
         yield hub
     finally:
+        hub.recover()
         server.shutdown()
         server.server_close()
         thread.join()
         if folder is None:
             shutil.rmtree(root.parent, ignore_errors=True)
+
+
+def here(hub: LoopbackHub, monkeypatch) -> None:
+    """Let this process's client speak to `hub`, for one test."""
+    from huggingface_hub import constants, hf_api
+
+    settings = {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_CACHE": str(hub.folder / "cache"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)

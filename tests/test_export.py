@@ -263,7 +263,8 @@ def test_a_checkpoint_is_exported_file_by_file_as_training_would_have(trained, s
     second = exported(2, tmp_path / "new" / "second")
     parts = [name for name in shorter if name != "README.md"]
     assert {name: second[name] for name in parts} == {name: shorter[name] for name in parts}
-    assert "steps 2, images 4." in second["README.md"].decode() and 'model = "second"' in second["README.md"].decode()
+    card = second["README.md"].decode()
+    assert "steps 2, images 4" in card and 'model = "second"' in card
     assert contents(trained) == before
 
     with pytest.raises(UserError, match="--output_dir: .*run is not empty; name a new folder"):

@@ -498,7 +498,7 @@ def test_a_model_card_shows_what_was_typed_as_text(instruction, base, name, prom
     card = publishing.model_card(config, flags, {"steps": 1}, None, instruction)
     assert ModelCard(card).data.to_dict()["license"] == "other"
     seen = shown(card)
-    assert len(seen["heading"]) == 3 and seen["heading"][1:] == ["Use", "Training"]
+    assert len(seen["heading"]) == 4 and seen["heading"][1:] == ["Use", "Limits", "Training"]
     [snippet] = seen["fence"]
     calls = [line.strip().rstrip(",") for line in snippet.split("\n") if line.startswith('    "')]
     assert [json.loads(call) for call in calls] == [instruction]
@@ -514,7 +514,7 @@ def test_a_base_models_card_of_any_content(tmp_path_factory, content):
     folder = tmp_path_factory.mktemp("base")
     (folder / "README.md").write_bytes(content)
     with refused_or_read():
-        licence = publishing.base_licence(str(folder))
+        licence = publishing.card_licence(str(folder))
         assert licence is None or isinstance(licence, str)
 
 
@@ -523,9 +523,9 @@ def test_a_base_models_card_made_to_harm(tmp_path):
     for content in (f"---\n{nested}license: *a63\n---\n", "---\n" + "\n" * 1_000_000 + "x", "---\n" + "[" * 100_000):
         (tmp_path / "README.md").write_text(content)
         with refused_or_read():
-            assert publishing.base_licence(str(tmp_path)) is None
+            assert publishing.card_licence(str(tmp_path)) is None
     (tmp_path / "README.md").write_text('---\nlicense: "mit\\n---\\n<b>"\n---\n')
-    assert publishing.base_licence(str(tmp_path)) == "mit\n---\n<b>"
+    assert publishing.card_licence(str(tmp_path)) == "mit\n---\n<b>"
 
 
 @hostile(100)

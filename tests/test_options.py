@@ -25,7 +25,7 @@ FLAGS = """
     image_geometry cache_latents cached_crops max_micro_batch_size compile dry_run lr_num_cycles lr_power
     guidance_scale image_guidance_scale max_image_pixels original_dir edited_dir instruction split validation_split
     on_bad_row check_rows validation_dataset max_validation_samples keep_best tracker_project_name run_name
-    wandb_entity tags
+    wandb_entity tags hub_strategy
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {
@@ -46,6 +46,7 @@ DEFAULTS = {
     "validation_epochs": 1,
     "checkpointing_steps": 500,
     "report_to": "tensorboard",
+    "hub_strategy": "end",
     "logging_dir": "logs",
     "output_dir": "instruct-pix2pix-model",
     "image_geometry": "resize_crop",

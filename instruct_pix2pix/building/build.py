@@ -319,19 +319,19 @@ def card(
     wording = ", every wording" if args.all_instructions else ""
     meanings = {name: held + (wording if role == "instruction" else "") for name, (role, held) in columns.items()}
 
+    from huggingface_hub import DatasetCardData
+
     lines = "\n".join
     sources = f"Found:\n\n{about['sources']}\n\n" if about.get("sources") else ""
-    data_files = lines(f"  - split: {split}\n    path: data/{split}-*.parquet" for split in splits)
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits]
+    metadata = DatasetCardData(
+        license=about["licence"],
+        task_categories=["image-to-image"],
+        tags=about["tags"],
+        configs=[{"config_name": "default", "data_files": files}],
+    )
     return f"""---
-license: {about["licence"]}
-task_categories:
-- image-to-image
-tags:
-{lines(f"- {tag}" for tag in about["tags"])}
-configs:
-- config_name: default
-  data_files:
-{data_files}
+{metadata.to_yaml()}
 ---
 
 # {about["title"]}

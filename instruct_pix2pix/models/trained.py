@@ -75,13 +75,14 @@ def configuration(checkpoint: str | os.PathLike) -> SimpleNamespace:
     return config
 
 
-def load_unet(checkpoint: str | os.PathLike) -> UNet2DConditionModel:
-    """The UNet that training would export at a whole checkpoint: the average's weights where there is one. float32."""
+def load_unet(checkpoint: str | os.PathLike, **options) -> UNet2DConditionModel:
+    """The UNet that training would export at a whole checkpoint: the average's weights where there is one. float32.
+    `options` are from_pretrained's."""
     import torch
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
 
-    unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
+    unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32, **options)
     average = Path(checkpoint) / EMA_FILE
     if average.is_file():
         tensors = load_file(average)

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -43,14 +43,14 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(resume_from: str | None, output_dir: Path) -> Path | None:
-    """The folder to resume from, checked to be whole; None for `latest` where there is none yet.
+    """The folder to resume from, checked to be whole; None for `latest` and `hub` where there is none yet.
 
     `latest` passes over damaged ones, which is said, and is a UserError where all are damaged, as is a damaged
     checkpoint that was named.
     """
     if resume_from is None:
         return None
-    if resume_from == "latest":
+    if resume_from in ("latest", "hub"):  # what the Hub had is there by now
         return _newest_whole(output_dir)
     path = Path(resume_from)
     if not path.is_dir() and (Path(output_dir) / resume_from).is_dir():
@@ -93,9 +93,9 @@ class Writer:
         ema: EMA | None,
         limit: int | None,
         keep_best: str | None = None,
-    ) -> None:
+    ) -> Future:
         """Start writing checkpoint-<state["step"]>, whole or not at all; then only those are kept that `remove_old`
-        keeps of them.
+        keeps of them. Callbacks of what is returned run before the next one is written.
 
         `state` is JSON-serialisable and holds "step"; `unet` is the unwrapped one, whose parameters `optimizer` and
         `ema` are over.
@@ -115,10 +115,12 @@ class Writer:
             tensors = {file: {n: t.to("cpu", copy=True) for n, t in group.items()} for file, group in tensors.items()}
         config = json.loads(unet.to_json_string())
         config.pop("_name_or_path", None)  # a path of this machine, and after a resume another one
-        self.pending = self.thread.submit(_write, Path(output_dir), state, config, tensors, limit, keep_best)
+        written = self.thread.submit(_write, Path(output_dir), state, config, tensors, limit, keep_best)
+        self.pending = written
         if not copied:
             logger.info("checkpoint-%d is written while training waits: too little memory for a copy", state["step"])
             self.wait()
+        return written
 
     def wait(self) -> None:
         """Until the last checkpoint is there. Raises UserError where it cannot be written."""

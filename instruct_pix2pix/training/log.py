@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError, one_progress_bar
-from instruct_pix2pix.files import read_json_lines, write_json_lines, write_text, written_whole
+from instruct_pix2pix.files import read_json_lines, write_json_lines, write_text
 from instruct_pix2pix.training.config import resolved
 from instruct_pix2pix.training.ema import ema_decay
 from instruct_pix2pix.training.loss import BANDS, sums_by_band
@@ -57,10 +57,9 @@ class Lines:
 
     def __init__(self, run, file: str, prefix: str = ""):
         self.accelerator, self.path, self.prefix = run.accelerator, Path(run.config.output_dir) / file, prefix
-        kept = [(step, line) for step, line in _read_lines(self.path) if step <= run.first_step]
-        self.last = kept[-1][0] if kept else 0  # step that there is a line of
-        with written_whole(self.path) as temporary:
-            temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
+        kept = [entry for entry in read_json_lines(self.path) if entry["step"] <= run.first_step]
+        self.last = kept[-1]["step"] if kept else 0  # step that there is a line of
+        write_json_lines(self.path, kept)
 
     def write(self, entries: list[dict]) -> None:
         entries = [entry for entry in entries if entry["step"] > self.last]
@@ -71,15 +70,6 @@ class Lines:
             values = {self.prefix + name: value for name, value in entry.items() if name != "step"}
             for tracker in _listening(self.accelerator, self.last):
                 tracker.log(values, step=self.last)
-
-
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """(step, line) of each whole line."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line of a killed run
-            found.append((json.loads(line)["step"], line + "\n"))
-    return found
 
 
 class Log:
@@ -214,7 +204,7 @@ def start_trackers(run) -> None:
     # TensorBoard takes numbers and text among its hyper-parameters.
     flags = {n: v if isinstance(v, (int, float, str)) else str(v) for n, v in resolved(config).items()}
     accelerator.init_trackers(config.tracker_project_name, config=flags, init_kwargs=init_kwargs)
-    told = max((step for step, _ in _read_lines(output_dir / LOG_FILE)), default=0) if resumed else 0
+    told = max((entry["step"] for entry in read_json_lines(output_dir / LOG_FILE)), default=0) if resumed else 0
     for tracker in accelerator.trackers:
         # W&B takes no step twice, trackio shows it twice: what a killed run has told them stays.
         tracker.told_until = 0 if tracker.name == "tensorboard" else told

@@ -23,6 +23,7 @@ LR_SCHEDULERS = (
     "constant_with_warmup",
 )
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
+HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
 KEEP_BEST = {"loss": "lower", "psnr": "higher", "ssim": "higher"}  # which values of a validation are better
 
 
@@ -198,7 +199,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add(
         "--resume_from_checkpoint",
-        help="A checkpoint folder, or latest: go on from the newest if there is one.",
+        help="A checkpoint folder; or latest: go on from the newest if there is one; or hub: the same, after taking the"
+        " newest back from --hub_model_id's repository where --output_dir has none.",
     )
 
     validation = parser.add_argument_group(
@@ -248,6 +250,13 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--tags", nargs="+", help="Tags of the W&B run.")
     add("--logging_dir", default="logs", help="TensorBoard's folder, inside --output_dir.")
     add("--push_to_hub", action="store_true", help="Upload pipeline and model card when done.")
+    add(
+        "--hub_strategy",
+        choices=HUB_STRATEGIES,
+        default="end",
+        help="Pipeline and card at the end, or with every_save at each checkpoint, too, in the background; with"
+        " checkpoint the newest one as well, to resume from, or with all_checkpoints each.",
+    )
     add("--hub_token", help="Hub token; better given by `hf auth login` or HF_TOKEN. Never written anywhere.")
     add("--hub_model_id", help="Repository to upload to; the name of --output_dir when left out.")
     add("--hub_private_repo", action="store_true", help="Where the repository is made for this, make it private.")
@@ -327,6 +336,8 @@ def check(args: argparse.Namespace) -> None:
     for image in images:
         if not is_url(image) and not Path(image).is_file():
             raise UserError(f"--val_image_url: {image} is not a file; give a URL or the path of an image")
+    if args.hub_strategy != "end" and not args.push_to_hub:
+        raise UserError(f"--hub_strategy: {args.hub_strategy} pushes nothing without --push_to_hub; give that as well")
     if args.keep_best and not (args.validation_dataset or args.validation_split):
         remedy = "name them with --validation_dataset or --validation_split"
         raise UserError(f"--keep_best: {args.keep_best} is one of held-out rows; {remedy}")

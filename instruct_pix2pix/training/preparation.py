@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
-from instruct_pix2pix import publishing
+from instruct_pix2pix import hub, publishing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
 from instruct_pix2pix.data.order import SampleOrder
@@ -102,6 +102,7 @@ class Run(Plan):
     held_out: HeldOut | None
     update: step.Update
     checkpoints: checkpoints.Writer
+    pushes: hub.Pushes | None  # on the main process
 
     def learning_rate(self, step: int) -> float:
         """Of update `step`, the first being 1: a function of the number, so there is nothing to step or to save."""
@@ -146,6 +147,13 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     """Everything that can go wrong before weights load, and the numbers that follow from flags and data."""
     output_dir = Path(args.output_dir)
     check_folder("--output_dir", output_dir)
+    if args.resume_from_checkpoint == "hub" and not args.dry_run:
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                kept = checkpoints.list_checkpoints(output_dir)
+                if not kept:
+                    _refuse_to_overwrite(output_dir, None)
+                hub.fetch_checkpoint(args, kept)
     checkpoint = checkpoints.find_checkpoint(args.resume_from_checkpoint, output_dir)
     state = checkpoints.read_state(checkpoint) if checkpoint else {"step": 0, "samples_seen": 0}
     _refuse_to_overwrite(output_dir, checkpoint)
@@ -170,7 +178,7 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     if not config.dry_run and accelerator.is_main_process:
         validation_images = load_validation_images(config, multiple=sd.resolution_multiple(configs))
         if config.push_to_hub:
-            repo_id = publishing.prepare_repo(config)
+            repo_id = hub.prepare_repo(config)
     return Plan(
         config=config,
         accelerator=accelerator,
@@ -251,7 +259,9 @@ def _space_needed(config, configs: dict, first_step: int) -> int:
     # Of a run that goes on, some lie there already; a short run writes but one.
     most = 2 + (config.keep_best is not None) - len(checkpoints.list_checkpoints(Path(config.output_dir)))
     to_come = 0 if left <= 0 else max(1, min(most, math.ceil(left / config.checkpointing_steps)))
-    return int(to_come * checkpoint + 4 * sum(counts.values()))
+    pipeline = 4 * sum(counts.values())
+    pushed = checkpoint + pipeline if config.hub_strategy != "end" and left > 0 else 0  # while the push goes on
+    return int(to_come * checkpoint + pipeline + pushed)
 
 
 def _agree_on_seed(args, state: dict) -> int:
@@ -281,13 +291,16 @@ def _say_what_changed(config, state: dict) -> None:
     """A resumed run may change flags, on purpose or not; those that change the course of training are named."""
     harmless = {"output_dir", "resume_from_checkpoint", "report_to", "max_train_steps", "num_train_epochs"}
     harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best"}
+    harmless |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
     now, then = resolved(config), state["flags"]
     if now["use_8bit_adam"] != then.get("use_8bit_adam", False):
         raise UserError(
             f"--use_8bit_adam: the checkpoint was made {'without' if now['use_8bit_adam'] else 'with'} it, and its"
             " optimizer's state is of that kind; give the flag as it was"
         )
-    changed = [f"{name} {then[name]} -> {now[name]}" for name in sorted(now) if now[name] != then.get(name, now[name])]
+    taken_back = publishing.hide_paths(now)  # what a checkpoint that was on the Hub knows of these
+    names = [name for name in sorted(then.keys() & now) if then[name] not in (now[name], taken_back[name])]
+    changed = [f"{name} {then[name]} -> {now[name]}" for name in names]
     changed = [text for text in changed if text.split()[0] not in harmless]
     if changed:
         logger.warning("flags differ from the checkpoint's: %s", "; ".join(changed))
@@ -387,6 +400,7 @@ def build(plan: Plan) -> Run:
         held_out=held_out,
         update=update,
         checkpoints=checkpoints.Writer(),
+        pushes=hub.Pushes(config, plan.repo_id) if plan.repo_id else None,
     )
 
 

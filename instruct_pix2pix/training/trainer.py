@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from instruct_pix2pix import publishing
+from instruct_pix2pix import evidence, publishing
 from instruct_pix2pix.cli import RowError
 from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
@@ -100,6 +100,8 @@ def run_updates(run: Run) -> dict:
         run.windows.close()
         log.progress.close()
         run.checkpoints.close()
+        if run.pushes is not None:
+            run.pushes.wait()
     run.checkpoints.raise_if_failed()
     return {
         "steps": last,
@@ -108,6 +110,7 @@ def run_updates(run: Run) -> dict:
         "epochs": round(run.epoch(last), 2),
         "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
         "peak_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
+        "commit": evidence.code_commit(),
     }
 
 
@@ -132,11 +135,15 @@ def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
         "seed": config.seed,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
         "flags": resolved(config),
-        "instruction": run.triples.first_instruction(),  # for the card of an export
+        "instruction": run.triples.first_instruction(),  # this and the next for the card of an export
+        "commit": evidence.code_commit(),
     }
     state |= {"validation": found} if found else {}
     kept = (config.checkpoints_total_limit, config.keep_best)
-    run.checkpoints.save(Path(config.output_dir), state, run.unet, run.optimizer, run.ema, *kept)
+    output_dir = Path(config.output_dir)
+    written = run.checkpoints.save(output_dir, state, run.unet, run.optimizer, run.ema, *kept)
+    if run.pushes is not None:
+        written.add_done_callback(lambda _: run.pushes.start(output_dir / f"checkpoint-{step}"))
 
 
 def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
@@ -153,10 +160,12 @@ def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
 
 
 def finish(run: Run, summary: dict) -> None:
-    """Export the pipeline, validate it once more, publish it."""
+    """Validate once more, export the pipeline, whose card shows it, and publish it."""
     config, accelerator = run.config, run.accelerator
     accelerator.wait_for_everyone()
     pushed = True
+    if config.keep_best is None or run.first_step == config.max_train_steps:  # else its last checkpoint was validated
+        validate(run, config.max_train_steps)
     if accelerator.is_main_process:
         with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
             prompt = config.validation_prompt
@@ -164,15 +173,13 @@ def finish(run: Run, summary: dict) -> None:
             publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
         write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)
-    if config.keep_best is None or run.first_step == config.max_train_steps:  # else its last checkpoint was validated
-        validate(run, config.max_train_steps)
     best = checkpoints.best_checkpoint(Path(config.output_dir), config.keep_best)
     if best is not None and accelerator.is_main_process:
         value = checkpoints.read_state(best)["validation"][config.keep_best]
         command = f"python tools/export_checkpoint.py {shlex.quote(str(best))} --output_dir NEW_FOLDER"
         logger.info("best by %s (%.4g): %s; as a pipeline: %s", config.keep_best, value, best.name, command)
-    if run.repo_id is not None:  # on the main process only
-        pushed = publishing.push(config, run.repo_id)
+    if run.pushes is not None:  # on the main process only
+        pushed = run.pushes.finish(checkpoints.list_checkpoints(Path(config.output_dir)))
     accelerator.wait_for_everyone()  # a process that leaves early ends the others under some launchers
     accelerator.end_training()
     if not pushed:

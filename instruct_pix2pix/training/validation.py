@@ -4,7 +4,6 @@ import contextlib
 import logging
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from instruct_pix2pix.data.order import stream
 from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.data.triples import Triples, load_triples, open_pair
 from instruct_pix2pix.evaluation.metrics import psnr, ssim
+from instruct_pix2pix.evidence import PICTURES, validation_picture
 from instruct_pix2pix.files import write_bytes
 from instruct_pix2pix.images import BadImage, contact_sheet, encode_image, is_url, read_image
 from instruct_pix2pix.models.sd import build_pipeline
@@ -162,9 +162,8 @@ def validate(run, step: int, only_missing: bool = False) -> dict[str, float]:
     step is there already. Frozen models that rest on the CPU beside a latent cache work on the GPU meanwhile. What
     needs more memory than there is, is left out with a warning."""
     config, held_out, found = run.config, run.held_out, {}  # both kinds are on the main process only
-    missing = [
-        _picture(config, step, what) for what, of in (("image", run.validation_images), ("rows", held_out)) if of
-    ]
+    kinds = zip(PICTURES, (run.validation_images, held_out), strict=True)
+    missing = [validation_picture(config.output_dir, step, kind) for kind, of in kinds if of]
     if only_missing and (held_out is None or held_out.log.last >= step):
         missing = [picture for picture in missing if not picture.exists()]
     if missing:
@@ -219,7 +218,7 @@ def show_edits(run, step: int) -> dict[str, float]:
         rows += [{"original_image": image, "edited_image": edit, "edit_prompt": prompt} for edit in edits]
     if entries:
         cell = max(max(image.size) for image, _ in run.validation_images)
-        _show(run, step, "image", contact_sheet(entries, cell=cell, columns=1), rows)
+        _show(run, step, "", contact_sheet(entries, cell=cell, columns=1), rows)
     if run.held_out is None:
         return {}
     prompts, originals, targets = zip(*run.held_out.shown, strict=True)
@@ -232,17 +231,12 @@ def show_edits(run, step: int) -> dict[str, float]:
         target = Image.fromarray(target)
         entries.append(([image, edit, target], [prompt, "{psnr:.2f} dB, SSIM {ssim:.3f}".format(**scores)]))
         rows.append({"input": image, "edit": edit, "target": target, "instruction": prompt, **scores})
-    _show(run, step, "rows", contact_sheet(entries, columns=2, headings=("input", "edit", "target")), rows)
+    _show(run, step, "-held-out", contact_sheet(entries, columns=2, headings=("input", "edit", "target")), rows)
     return {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim")}
 
 
-def _picture(config, step: int, what: str) -> Path:
-    ending = {"image": "", "rows": "-held-out"}[what]
-    return Path(config.output_dir) / "validation" / f"step-{step:06d}{ending}.png"
-
-
-def _show(run, step: int, what: str, sheet: Image.Image, rows: list[dict]) -> None:
-    path = _picture(run.config, step, what)
+def _show(run, step: int, kind: str, sheet: Image.Image, rows: list[dict]) -> None:
+    path = validation_picture(run.config.output_dir, step, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, encode_image(sheet, ".png"))
-    log_pictures(run.accelerator, {"image": "validation", "rows": "held_out"}[what], sheet, rows, step)
+    log_pictures(run.accelerator, "held_out" if kind else "validation", sheet, rows, step)
