@@ -81,7 +81,7 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
         default=model_id,
         required=model_id is None,
         metavar="FOLDER_OR_ID",
-        help="an InstructPix2Pix pipeline: a folder, an id on the Hub, or a training's OUTPUT_DIR/checkpoint-N",
+        help="an InstructPix2Pix pipeline: a folder, an id on the Hub, or a training's checkpoint-N or adapter",
     )
     add_device_flags(model.add_argument)
     sampling = parser.add_argument_group(
@@ -148,12 +148,12 @@ def warn_of_cut(pipeline, instructions: Iterable[str], negative_prompt: str) -> 
 
 def check_model(model_id: str, flag: str = "--model_id") -> None:
     """Raise UserError unless `model_id` may be an InstructPix2Pix pipeline, in a folder or on the Hub, or is a whole
-    checkpoint of a training.
+    checkpoint or an adapter of a training.
 
     Reads the UNet's configuration, a small JSON file, so that a mistake is said before any weights load.
     """
     folder = Path(model_id).expanduser()
-    if trained.is_checkpoint(folder):
+    if trained.needs_base(folder):
         return trained.check_base(folder, flag)
     if folder.is_file():
         raise UserError(f"{flag}: {model_id} is a file; make a pipeline of it with tools/export_single_file.py")
@@ -233,7 +233,7 @@ def load_pipeline(
 
     place, precision = choose_device(device, dtype)
     try:
-        if trained.is_checkpoint(folder := Path(model_id).expanduser()):
+        if trained.needs_base(folder := Path(model_id).expanduser()):
             pipeline = trained.load_pipeline(folder, precision)
         else:
             pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=precision, **options)

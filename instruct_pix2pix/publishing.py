@@ -15,7 +15,7 @@ from pathlib import Path
 import diffusers
 import torch
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from instruct_pix2pix import editing, evidence
@@ -33,19 +33,19 @@ from instruct_pix2pix.files import (
     write_json,
     write_text,
 )
-from instruct_pix2pix.models import base_files, sd, single_file, trained
+from instruct_pix2pix.models import adapters, base_files, sd, single_file, trained
+from instruct_pix2pix.models.trained import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "training_config.json"
 SUMMARY_FILE = "training_summary.json"
 INDEX_FILE = "model_index.json"  # what makes a folder a pipeline
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-EXPORTED = ("README.md", evidence.IMAGES, *PIPELINE_FOLDERS)
+ADAPTER_FOLDER = "adapter"  # beside the pipeline, with --lora_rank
+EXPORTED = ("README.md", evidence.IMAGES, *PIPELINE_FOLDERS, ADAPTER_FOLDER)
 MOST_METADATA = 1 << 18  # characters of a base model's card that are looked at
 # Only these are uploaded: never checkpoints, caches, logs or trackers' files.
-PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, SETTINGS_FILE]
-PUBLISHED += [f"{folder}/*" for folder in (*PIPELINE_FOLDERS, evidence.IMAGES)]
+PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, SETTINGS_FILE, *(f"{folder}/*" for folder in EXPORTED[1:])]
 
 
 class NotFinite(UserError):
@@ -146,7 +146,7 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path, name: str
         summary = run if run["steps"] == state["step"] else summary
     prompt = config.validation_prompt
     instruction = prompt if isinstance(prompt, str) else state.get("instruction", "...")
-    with _made_whole(output_dir) as new:
+    with _made_whole("--output_dir", output_dir) as new:
         _write_export(new, config, flags, unet, summary, name or output_dir.name, instruction)
 
 
@@ -154,19 +154,19 @@ def export_single_file(model: str, file: Path, half: bool) -> list[str]:
     """Write the weights of a model that passed `editing.check_model` as one safetensors file, in float32 or float16.
     Returns what keeps a UI from opening it (`single_file.differences`). UserError where it cannot be written."""
     folder = Path(model).expanduser()
-    checkpoint = trained.is_checkpoint(folder)
-    config = trained.configuration(folder) if checkpoint else base_files.configuration(model)
+    trained_here = trained.needs_base(folder)
+    config = trained.configuration(folder) if trained_here else base_files.configuration(model)
     configs = sd.read_base_configs(config)
     check_folder("output", file.parent, (2 if half else 4) * sum(sd.count_parameters(configs).values()), "the file")
     models = {part: sd.load_model(config, part) for part in ("vae", "text_encoder")}
-    models["unet"] = trained.load_unet(folder) if checkpoint else sd.load_model(config, "unet")
+    models["unet"] = adapters.merged(trained.load_unet(folder)) if trained_here else sd.load_model(config, "unet")
     configs |= {part: models[part].config for part in ("unet", "vae")}
     tensors = single_file.original_layout({part: models[part].state_dict() for part in models}, configs)
     for name in tensors if half else ():
         tensors[name] = tensors[name].half()
         if not tensors[name].isfinite().all():
             raise UserError(f"--half: {name} holds numbers that float16 cannot; leave --half out")
-    with _made_whole(file) as new:
+    with _made_whole("output", file) as new:
         save_file(tensors, new, {"format": "pt"})
     return single_file.differences(configs)
 
@@ -179,12 +179,37 @@ def unpack_single_file(file: str, base_config: str | None, output_dir: Path) -> 
     sd.check_channels(configs, 8, file)
     sd.load_tokenizer(config)  # from the Hub it is fetched by being loaded
     check_folder("output", output_dir, 4 * sum(sd.count_parameters(configs).values()), "the pipeline")
-    with _made_whole(output_dir) as new:
+    with _made_whole("output", output_dir) as new:
         _write_pipeline(new, config, sd.load_model(config, "unet"))
 
 
+def export_transplant(models: dict[str, str], output_dir: Path) -> None:
+    """Write `adapters.transplant` of the pipelines {"OURS": folder, "BASE": folder, "THEIRS": folder} as one with the
+    other parts of THEIRS, into a new folder. Raises NotFinite, and UserError for models that cannot be read or are not
+    of one family, and a disk without room."""
+    configs, files = {}, []
+    for name, folder in models.items():
+        config = base_files.configuration(folder)
+        try:
+            configs[name] = sd.read_base_configs(config)
+            files.append(base_files.weights(config, Path(folder) / "unet", "diffusion_pytorch_model"))
+            safe_open(files[-1], "pt")
+        except (UserError, OSError, SafetensorError) as error:
+            reason = str(error).removeprefix("--pretrained_model_name_or_path: ")
+            raise UserError(f"{name}: {reason}; give a pipeline's folder with weights in safetensors") from error
+    if configs["OURS"]["unet"]["in_channels"] != 8:
+        raise UserError(f"OURS: {models['OURS']} edits no images, its UNet has no 8 input channels; give a trained one")
+    if sd.prediction_type(configs["OURS"]) != (kind := sd.prediction_type(configs["THEIRS"])):
+        raise UserError(f"THEIRS: its prediction_type is {kind}, another than OURS; give models of one family")
+    check_folder("OUT", output_dir, 4 * sum(sd.count_parameters(configs["OURS"]).values()), "the pipeline")
+    unet = adapters.transplant(*files)
+    check_finite(unet)
+    with _made_whole("OUT", output_dir) as new:
+        _write_pipeline(new, config, unet)  # that of THEIRS, the last
+
+
 @contextlib.contextmanager
-def _made_whole(output: Path):
+def _made_whole(flag: str, output: Path):
     """Gives a path beside `output`, for a file or folder that takes its place when the block ends well."""
     new = output.with_name(f".{output.name}.partial")
     try:
@@ -195,7 +220,7 @@ def _made_whole(output: Path):
         os.replace(new, output)
         flush(output.parent)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"--output_dir: {output} cannot be written ({error}); make room or name another") from error
+        raise UserError(f"{flag}: {output} cannot be written ({error}); make room or name another") from error
     finally:
         new.unlink(missing_ok=True) if new.is_file() else shutil.rmtree(new, ignore_errors=True)
 
@@ -204,6 +229,9 @@ def _write_export(folder: Path, config, flags: dict, unet, summary: dict, name: 
     """All that an export holds, whole on the disk; the card calls the model `name`, or as --output_dir is called."""
     _write_pipeline(folder, config, unet)
     write_json(folder / CONFIG_FILE, hide_paths(flags))
+    if adapters.is_attached(unet):
+        adapters.save(unet, folder / ADAPTER_FOLDER)
+        write_json(folder / ADAPTER_FOLDER / CONFIG_FILE, hide_paths(flags))
     shown = evidence.gather(Path(config.output_dir), summary["steps"], folder)
     write_text(folder / "README.md", model_card(config, flags, summary, name, instruction, *shown))
     for path in (folder, *folder.rglob("*")):
@@ -247,7 +275,7 @@ def _write_pipeline(folder: Path, config, unet) -> None:
     _copy_model(config, base / "vae", "diffusion_pytorch_model", folder / "vae")
     sd.make_readable(folder)
 
-    unet.save_pretrained(folder / "unet")
+    adapters.merged(unet).save_pretrained(folder / "unet")
     unet_config = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
     unet_config.pop("_name_or_path", None)  # where this run took it from: the base model or a checkpoint
     write_json(folder / "unet/config.json", hide_paths(unet_config))
@@ -274,8 +302,7 @@ def _write_pipeline(folder: Path, config, unet) -> None:
 def _copy_model(config, source: Path, stem: str, target: Path) -> None:
     """Copy a model that training did not change; a variant's weights get the plain name. What is not one safetensors
     file (pickled, in several, or with the other parts) is loaded and saved as one."""
-    variant = base_files.variant_of(config, source.name)
-    weights = source / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+    weights = base_files.weights(config, source, stem)
     if weights.is_file() and not base_files.single_file(config):
         _copy(weights, target / f"{stem}.safetensors")
     else:

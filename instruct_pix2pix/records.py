@@ -14,7 +14,7 @@ from pathlib import Path
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.evaluation.settings import SETTINGS_FILE
 from instruct_pix2pix.files import file_sha256, flush, read_json_lines, write_json_lines
-from instruct_pix2pix.models.trained import configuration, is_checkpoint
+from instruct_pix2pix.models.trained import configuration, needs_base
 
 RECORD = "edits.jsonl"
 # Settings that came later, and what they are where a record does not name them.
@@ -23,8 +23,8 @@ READY = ".ready"  # a folder: outputs that are written, and not yet all in their
 
 
 def model_fingerprint(model_id: str) -> str:
-    """What tells one model from another: the id on the Hub, or a hash over a folder's files, and of a checkpoint over
-    its base model's as well.
+    """What tells one model from another: the id on the Hub, or a hash over a folder's files, and of a checkpoint or
+    an adapter over its base model's as well.
 
     Of a large file the size and the first and last megabyte are hashed: quick, and retraining shows in them.
     """
@@ -42,7 +42,7 @@ def model_fingerprint(model_id: str) -> str:
                 digest.update(file.read(megabyte))
                 file.seek(max(size - megabyte, 0))
                 digest.update(file.read(megabyte))
-    if is_checkpoint(folder):
+    if needs_base(folder):
         digest.update(model_fingerprint(configuration(folder).pretrained_model_name_or_path).encode())
     return f"sha256:{digest.hexdigest()}"
 

@@ -2,6 +2,8 @@
 # The cartoonizer, from Stable Diffusion v1.5.
 # Cartoonization triples, 15,000 updates of 8 images.
 # published.sh has what the four recipes share, and how to override it.
+#
+#     bash recipes/cartoonizer_from_scratch.sh --lora_rank=16 --learning_rate=1e-4    # an adapter of 13 MB (docs/adapters.md)
 MODEL_ID=${MODEL_ID:-stable-diffusion-v1-5/stable-diffusion-v1-5}
 DATASET_ID=${DATASET_ID:-instruction-tuning-sd/cartoonization}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/cartoonizer-from-scratch}

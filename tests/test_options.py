@@ -25,7 +25,7 @@ FLAGS = """
     image_geometry cache_latents cached_crops max_micro_batch_size compile dry_run lr_num_cycles lr_power
     guidance_scale image_guidance_scale max_image_pixels original_dir edited_dir instruction split validation_split
     on_bad_row check_rows validation_dataset max_validation_samples keep_best tracker_project_name run_name
-    wandb_entity tags hub_strategy
+    wandb_entity tags hub_strategy lora_rank lora_alpha use_dora
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         elif found := publishing.export_single_file(args.model, output, args.half):
             warn(f"{args.output}: ComfyUI and the web UIs take other values for granted than {', '.join(found)}")
     except UserError as error:  # the flags' names in a training
-        said = str(error).replace("--pretrained_model_name_or_path", "model").replace("--output_dir", "output")
+        said = str(error).replace("--pretrained_model_name_or_path", "model")
         raise UserError(said) from error
     print(f"{args.output}: made of {args.model}")
 

@@ -36,7 +36,7 @@ SINGLE_FILE_PARTS = {
 
 def configuration(name: str, base_config: str | None = None) -> SimpleNamespace:
     """Flags that name a base model, and what a single file goes by, and nothing else."""
-    left_out = dict.fromkeys(("revision", "non_ema_revision", "variant", "cache_dir", "hub_token"))
+    left_out = dict.fromkeys(("revision", "non_ema_revision", "variant", "cache_dir", "hub_token", "lora_rank"))
     return SimpleNamespace(pretrained_model_name_or_path=name, base_config=base_config, **left_out)
 
 
@@ -148,6 +148,12 @@ def variant_of(config, part: str) -> str | None:
         for file in chosen:
             _unpickle(Path(name) / part / file)
     return variant
+
+
+def weights(config, folder: Path, stem: str) -> Path:
+    """The file of a model's weights in `folder`, of the variant that is loaded, if they are one safetensors file."""
+    variant = variant_of(config, folder.name)
+    return folder / f"{stem}{f'.{variant}' if variant else ''}.safetensors"
 
 
 def base_folder(config, part: str | None = None) -> Path:

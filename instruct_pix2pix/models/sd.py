@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from instruct_pix2pix.cli import UserError, first_line
 from instruct_pix2pix.files import write_json, write_text, written_whole
-from instruct_pix2pix.models import base_files
+from instruct_pix2pix.models import adapters, base_files
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +179,18 @@ def widen_conv_in(unet: UNet2DConditionModel) -> None:
     unet.register_to_config(in_channels=8)
 
 
-def load_unet(config, checkpoint: Path | None) -> UNet2DConditionModel:
-    """The UNet in float32 with 8 input channels: from a checkpoint to resume, or from the base model."""
-    if checkpoint is not None:
-        return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32)
-    unet = load_model(config, "unet")
+def load_unet(config, checkpoint: Path | None, **options) -> UNet2DConditionModel:
+    """The UNet in float32 with 8 input channels, from a checkpoint to resume or from the base model; with --lora_rank
+    from the base model, with adapters, which are the checkpoint's or new. `options` are from_pretrained's."""
+    if checkpoint is not None and config.lora_rank is None:
+        return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32, **options)
+    unet = load_model(config, "unet", **options)
     if unet.config.in_channels == 4:
         widen_conv_in(unet)
+    if config.lora_rank is not None:
+        adapters.attach(unet, config)
+        if checkpoint is not None:
+            adapters.fill(unet, adapters.read(checkpoint))
     return unet
 
 
@@ -203,15 +208,17 @@ def load_tokenizer(config) -> CLIPTokenizer:
         )
 
 
-def load_model(config, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
-    """The base model's "text_encoder", "vae" or "unet" in float32, on the CPU. UserError where it cannot be read."""
+def load_model(config, part: str, **options) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
+    """The base model's "text_encoder", "vae" or "unet" in float32, on the CPU. UserError where it cannot be read.
+    `options` are from_pretrained's, for a base model that is a folder."""
     cls = {"text_encoder": CLIPTextModel, "vae": AutoencoderKL, "unet": UNet2DConditionModel}[part]
     if base_files.single_file(config):
         return _convert(config, cls, part)
     with base_files.explained(config, part):
         variant, where = base_files.variant_of(config, part), base_files.where(config, part)
         name = config.pretrained_model_name_or_path
-        return cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=variant, **where)
+        options |= where
+        return cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=variant, **options)
 
 
 def _convert(config, cls: type, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:

@@ -1,6 +1,6 @@
-"""A checkpoint of a training as a model: whether it is whole, and the editor it stands for.
+"""A checkpoint or an exported adapter of a training as a model: whether it is whole, and the editor it stands for.
 
-instruct_pix2pix/training/checkpoint.py says what lies in the folder. Nothing heavy is imported at the top.
+training/checkpoint.py and docs/adapters.md say what lies in the folders. Nothing heavy is imported at the top.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
+ADAPTER_FILE = "adapter.safetensors"  # instead of that, with --lora_rank: what is trained
+LORA_FILE, CONFIG_FILE = "pytorch_lora_weights.safetensors", "training_config.json"  # of an exported adapter
 # What state.json must hold, and the files without which there is nothing to go on with.
 STATE_TYPES = {"step": int, "samples_seen": int, "flags": dict, "optimizer": dict, "files": dict}
-NEEDED_FILES = {"unet/config.json", UNET_FILE, "optimizer.safetensors"}
+NEEDED_FILES = {"unet/config.json", "optimizer.safetensors"}
 
 
 def is_checkpoint(folder: str | os.PathLike) -> bool:
@@ -30,6 +32,16 @@ def is_checkpoint(folder: str | os.PathLike) -> bool:
     folder = Path(folder)
     named = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
     return folder.is_dir() and (named or (folder / STATE_FILE).is_file()) and not (folder / "model_index.json").exists()
+
+
+def is_adapter(folder: str | os.PathLike) -> bool:
+    """Whether a folder is an adapter that a training exported."""
+    return all((Path(folder) / name).is_file() for name in (LORA_FILE, CONFIG_FILE))
+
+
+def needs_base(folder: str | os.PathLike) -> bool:
+    """Whether a folder is a checkpoint or an adapter: a model together with the base that it was trained from."""
+    return is_checkpoint(folder) or is_adapter(folder)
 
 
 def read_state(checkpoint: str | os.PathLike) -> dict:
@@ -47,10 +59,12 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        files = read_state(checkpoint)["files"]
+        state = read_state(checkpoint)
     except (OSError, ValueError, RecursionError):
         return f"no readable {STATE_FILE}"
-    for name in [*files, *sorted(NEEDED_FILES - files.keys())]:
+    files = state["files"]
+    needed = NEEDED_FILES | {UNET_FILE if state["flags"].get("lora_rank") is None else ADAPTER_FILE}
+    for name in [*files, *sorted(needed - files.keys())]:
         file = os.path.join(checkpoint, name)
         if not os.path.isfile(file):
             return f"{name} is missing"
@@ -66,51 +80,58 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
 
 
 def configuration(checkpoint: str | os.PathLike) -> SimpleNamespace:
-    """The flags that a whole checkpoint was trained with, for `models.sd` and `publishing`."""
-    flags = read_state(checkpoint)["flags"]
-    left_out = dict.fromkeys(("base_config", "revision", "non_ema_revision", "variant", "cache_dir"))
-    config = SimpleNamespace(**left_out | flags | {"hub_token": None})
+    """The flags that a whole checkpoint or an adapter was trained with, for `models.sd` and `publishing`. OSError or
+    ValueError where they are missing or unreadable."""
+    from instruct_pix2pix.models import base_files
+
+    if is_adapter(checkpoint):
+        flags = json.loads((Path(checkpoint) / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(flags, dict) or not isinstance(flags.get("pretrained_model_name_or_path"), str):
+            raise ValueError(f"{CONFIG_FILE} names no base model")
+    else:
+        flags = read_state(checkpoint)["flags"]
+    config = SimpleNamespace(**vars(base_files.configuration("")) | flags | {"hub_token": None})
     if config.cache_dir and not os.path.isdir(config.cache_dir):  # trained on another machine
         config.cache_dir = None
     return config
 
 
 def load_unet(checkpoint: str | os.PathLike, **options) -> UNet2DConditionModel:
-    """The UNet that training would export at a whole checkpoint: the average's weights where there is one. float32.
-    `options` are from_pretrained's."""
-    import torch
-    from diffusers import UNet2DConditionModel
+    """The UNet that training would export at a whole checkpoint: the average's weights where there is one; or that of
+    an adapter. float32, with adapters where training had them. `options` are from_pretrained's."""
     from safetensors.torch import load_file
 
-    unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32, **options)
+    from instruct_pix2pix.models import adapters, sd
+
+    unet = sd.load_unet(configuration(checkpoint), Path(checkpoint), **options)
     average = Path(checkpoint) / EMA_FILE
     if average.is_file():
-        tensors = load_file(average)
-        with torch.no_grad():
-            for name, parameter in unet.named_parameters():
-                parameter.copy_(tensors[name])
+        adapters.fill(unet, load_file(average))
     return unet
 
 
 def check_base(checkpoint: str | os.PathLike, flag: str) -> None:
-    """Raise UserError where a checkpoint is damaged, or its base model cannot give what training did not change."""
-    if damaged := damage(checkpoint):
+    """Raise UserError where a checkpoint is damaged, or its or an adapter's base model cannot give what training did
+    not change."""
+    adapter = is_adapter(checkpoint)
+    if not adapter and (damaged := damage(checkpoint)):
         raise UserError(f"{flag}: {checkpoint} is damaged ({damaged}); give another checkpoint or the trained pipeline")
     from instruct_pix2pix.models import sd
 
     try:
         sd.read_base_configs(configuration(checkpoint))
-    except UserError as error:
+    except (UserError, OSError, ValueError) as error:
         raise UserError(
             f"{flag}: {checkpoint} needs its base model where training found it (go to the same folder, or correct"
-            f" pretrained_model_name_or_path in its {STATE_FILE}): {error}"
+            f" pretrained_model_name_or_path in its {CONFIG_FILE if adapter else STATE_FILE}): {error}"
         ) from error
 
 
 def load_pipeline(checkpoint: str | os.PathLike, dtype: torch.dtype) -> StableDiffusionInstructPix2PixPipeline:
-    """The pipeline that training would export at a checkpoint that passed `check_base`, on the CPU."""
-    from instruct_pix2pix.models import sd
+    """The pipeline that training would export at a checkpoint, or of an adapter, that passed `check_base`, on the
+    CPU."""
+    from instruct_pix2pix.models import adapters, sd
 
     config = configuration(checkpoint)
-    tokenizer, *models = *sd.load_frozen(config), load_unet(checkpoint)
+    tokenizer, *models = *sd.load_frozen(config), adapters.merged(load_unet(checkpoint))
     return sd.build_pipeline(sd.read_base_configs(config), tokenizer, *(model.to(dtype) for model in models))

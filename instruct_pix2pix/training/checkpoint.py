@@ -4,6 +4,7 @@ Training waits only for a copy of the tensors in the host's memory; a thread wri
 
 checkpoint-<step>/
     unet/                    diffusers folder, float32, without the path that the weights came from
+    adapter.safetensors      instead of the UNet's weights, with --lora_rank: what is trained, by parameter name
     ema.safetensors          the average's tensors, by parameter name (with --use_ema)
     optimizer.safetensors    the optimizer's tensors, "<parameter>/<state>"
     state.json               step, samples seen, seed, loss scaler, flags, the rest of the optimizer's state, what a
@@ -27,7 +28,8 @@ from safetensors.torch import load_file, save_file
 
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import flush, free_space, in_megabytes, write_json
-from instruct_pix2pix.models.trained import EMA_FILE, STATE_FILE, UNET_FILE, damage, read_state
+from instruct_pix2pix.models import adapters
+from instruct_pix2pix.models.trained import ADAPTER_FILE, EMA_FILE, STATE_FILE, UNET_FILE, damage, read_state
 from instruct_pix2pix.training.ema import EMA
 from instruct_pix2pix.training.options import KEEP_BEST
 
@@ -97,13 +99,15 @@ class Writer:
         """Start writing checkpoint-<state["step"]>, whole or not at all; then only those are kept that `remove_old`
         keeps of them. Callbacks of what is returned run before the next one is written.
 
-        `state` is JSON-serialisable and holds "step"; `unet` is the unwrapped one, whose parameters `optimizer` and
-        `ema` are over.
+        `state` is JSON-serialisable and holds "step"; `unet` is the unwrapped one, whose trained parameters `optimizer`
+        and `ema` are over.
         """
         self.wait()
-        parameters = dict(unet.named_parameters())
+        parameters = adapters.trained_parameters(unet)
         optimizer_tensors, rest = _flatten_optimizer(optimizer, parameters)
         tensors = {UNET_FILE: unet.state_dict()}
+        if adapters.is_attached(unet):
+            tensors = {ADAPTER_FILE: {name: parameter.detach() for name, parameter in parameters.items()}}
         tensors["optimizer.safetensors"] = optimizer_tensors
         state = {**state, "optimizer": rest}
         if ema is not None:
@@ -266,7 +270,7 @@ def load_training_state(
 ) -> dict:
     """Fill optimizer and EMA from a checkpoint (the UNet is loaded with the other components); returns its state."""
     state = read_state(checkpoint)
-    parameters = dict(unet.named_parameters())
+    parameters = adapters.trained_parameters(unet)
     if ema is not None and (Path(checkpoint) / EMA_FILE).is_file():
         stored = load_file(Path(checkpoint) / EMA_FILE)
         for name, shadow in zip(parameters, ema.shadow, strict=True):

@@ -35,6 +35,7 @@ def resolve(args: argparse.Namespace, accelerator, seed: int, rows: int) -> Conf
         "mixed_precision": accelerator.mixed_precision,
         "non_ema_revision": args.non_ema_revision or args.revision,
         "max_train_steps": steps,
+        "lora_alpha": args.lora_alpha or args.lora_rank,
         "cache_latents": cached if args.cache_latents is None else args.cache_latents,
     }
     if args.scale_lr:

@@ -77,6 +77,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         " (--output_dir when left out).",
     )
 
+    add = parser.add_argument_group("adapters", "Instead of the whole UNet (docs/adapters.md).").add_argument
+    add("--lora_rank", type=int, help="Train conv_in and changes of this rank of the attentions' projections.")
+    add("--lora_alpha", type=float, help="Multiply them by this over the rank; the rank itself when left out.")
+    add("--use_dora", action="store_true", help="Train each projection's lengths of rows, too (DoRA).")
+
     data = parser.add_argument_group("dataset")
     add = data.add_argument
     add(
@@ -290,6 +295,7 @@ def check(args: argparse.Namespace) -> None:
         "cached_crops",
         "max_micro_batch_size",
         "lr_num_cycles",
+        "lora_rank",
     ]
     for name in at_least_one:
         value = getattr(args, name)
@@ -299,7 +305,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 0:
             raise UserError(f"--{name}: {value} is negative; give 0 or more")
-    for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma", "lr_power"):
+    for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma", "lr_power", "lora_alpha"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name}: {value} is out of range; give a number above 0")
@@ -314,6 +320,8 @@ def check(args: argparse.Namespace) -> None:
             "--cache_latents: the crop is random, so say how many of each pair to keep with --cached_crops (4, say),"
             " or fix it with --center_crop"
         )
+    if args.lora_rank is None and (args.lora_alpha is not None or args.use_dora):
+        raise UserError(f"--{'use_dora' if args.use_dora else 'lora_alpha'}: is of adapters; give --lora_rank, 16 say")
     # Three exclusive events of equal probability: more than a third each cannot be.
     if not 0 <= args.conditioning_dropout_prob <= 1 / 3:
         raise UserError(

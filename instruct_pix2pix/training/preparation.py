@@ -23,7 +23,7 @@ from instruct_pix2pix.data.order import SampleOrder
 from instruct_pix2pix.data.sources import source_of
 from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, load_triples
 from instruct_pix2pix.files import check_folder, free_space
-from instruct_pix2pix.models import sd
+from instruct_pix2pix.models import adapters, sd
 from instruct_pix2pix.models.trained import damage
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step
@@ -251,15 +251,16 @@ def _space_needed(config, configs: dict, first_step: int) -> int:
     """Bytes for two checkpoints, of which one makes room for the next, the best where it is kept, and the pipeline;
     none where all is done.
 
-    float32: the UNet, AdamW's two moments (of 8 bits with --use_8bit_adam), the average; the pipeline's three models.
+    float32: what is trained, AdamW's two moments (of 8 bits with --use_8bit_adam), the average; the pipeline's models.
     """
     counts, left = sd.count_parameters(configs), config.max_train_steps - first_step
     moments = 2.1 if config.use_8bit_adam else 8  # with the scales of 256 values each
-    checkpoint = counts["unet"] * (4 + moments + 4 * config.use_ema)
+    adapted = 0 if config.lora_rank is None else adapters.count_trained(configs["unet"], config)
+    checkpoint = (adapted or counts["unet"]) * (4 + moments + 4 * config.use_ema)
     # Of a run that goes on, some lie there already; a short run writes but one.
     most = 2 + (config.keep_best is not None) - len(checkpoints.list_checkpoints(Path(config.output_dir)))
     to_come = 0 if left <= 0 else max(1, min(most, math.ceil(left / config.checkpointing_steps)))
-    pipeline = 4 * sum(counts.values())
+    pipeline = 4 * (sum(counts.values()) + adapted)
     pushed = checkpoint + pipeline if config.hub_strategy != "end" and left > 0 else 0  # while the push goes on
     return int(to_come * checkpoint + pipeline + pushed)
 
@@ -293,11 +294,10 @@ def _say_what_changed(config, state: dict) -> None:
     harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best"}
     harmless |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
     now, then = resolved(config), state["flags"]
-    if now["use_8bit_adam"] != then.get("use_8bit_adam", False):
-        raise UserError(
-            f"--use_8bit_adam: the checkpoint was made {'without' if now['use_8bit_adam'] else 'with'} it, and its"
-            " optimizer's state is of that kind; give the flag as it was"
-        )
+    for name in ("use_8bit_adam", "lora_rank", "lora_alpha", "use_dora"):  # which tensors there are, and of what kind
+        if (before := then.get(name) or None) != (now[name] or None):
+            made = {None: "without it", True: "with it"}.get(before, f"with {before}")
+            raise UserError(f"--{name}: the checkpoint was made {made}; give the flag as it was")
     taken_back = publishing.hide_paths(now)  # what a checkpoint that was on the Hub knows of these
     names = [name for name in sorted(then.keys() & now) if then[name] not in (now[name], taken_back[name])]
     changed = [f"{name} {then[name]} -> {now[name]}" for name in names]
@@ -371,7 +371,8 @@ def build(plan: Plan) -> Run:
     )
     model, optimizer = accelerator.prepare(unet, optimizer)
     unet = accelerator.unwrap_model(model)
-    ema = EMA(unet.parameters(), config.ema_decay, config.offload_ema) if config.use_ema else None
+    trained = adapters.trained_parameters(unet).values()
+    ema = EMA(trained, config.ema_decay, config.offload_ema) if config.use_ema else None
     if plan.checkpoint is not None:
         state = checkpoints.load_training_state(plan.checkpoint, unet, optimizer.optimizer, ema)
         if accelerator.scaler is not None and state["loss_scaler"]:
@@ -405,6 +406,7 @@ def build(plan: Plan) -> Run:
 
 
 def _build_optimizer(config, unet) -> torch.optim.Optimizer:
+    parameters = adapters.trained_parameters(unet).values()
     settings = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
@@ -416,5 +418,5 @@ def _build_optimizer(config, unet) -> torch.optim.Optimizer:
             import bitsandbytes
         except ImportError as error:
             raise UserError("--use_8bit_adam: bitsandbytes is missing; pip install -r requirements-gpu.txt") from error
-        return bitsandbytes.optim.AdamW8bit(unet.parameters(), **settings)
-    return torch.optim.AdamW(unet.parameters(), fused=True, **settings)
+        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
+    return torch.optim.AdamW(parameters, fused=True, **settings)

@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from instruct_pix2pix.cli import MemoryShortage, first_line
+from instruct_pix2pix.models import adapters
 from instruct_pix2pix.training.loss import sample_losses
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ class Update:
         None; `micro_batch_size` samples go through in one forward pass."""
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, config.max_grad_norm
-        self.parameters = list(model.parameters())
+        self.parameters = list(adapters.trained_parameters(model).values())
 
     def run(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, ...]:
         """One update; returns the mean loss of the window, the gradient's norm before clipping, and the losses (W,) of
