@@ -25,3 +25,12 @@ def choose_device(device: str = "auto", dtype: str = "auto"):
     if kind == "cuda" and (count := torch.cuda.device_count()):
         kind = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % count}"
     return torch.device(kind), getattr(torch, precision)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU's memory is what is missing: cuBLAS and cuDNN say it in words of their own."""
+    import torch
+
+    signs = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return told or isinstance(error, torch.OutOfMemoryError)

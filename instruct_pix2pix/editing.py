@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 NUM_INFERENCE_STEPS = 20
 IMAGE_GUIDANCE_SCALE = 1.5
 GUIDANCE_SCALE = 7.0
+USUAL = Setting(NUM_INFERENCE_STEPS, IMAGE_GUIDANCE_SCALE, GUIDANCE_SCALE)
+MOST_SHOWN = 100  # characters of a text, in a message
 OVERLAP = 0.25  # of a window's side with the next, at least; the autoencoder's tiles overlap by as much
 ImageSource = "Image.Image | str | os.PathLike | bytes"  # a picture, its path or http(s) address, or its file's bytes
 
@@ -45,7 +47,7 @@ ImageSource = "Image.Image | str | os.PathLike | bytes"  # a picture, its path o
 # Flags.
 
 
-class _Stated(argparse.Action):
+class Stated(argparse.Action):
     """Stores a flag's value, and in `stated` that it was given: what is left out may be recommended otherwise."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
@@ -73,6 +75,11 @@ def add_guidance_flags(
     )
 
 
+def usual_setting(flags: argparse.Namespace) -> Setting:
+    """The two scales that `add_guidance_flags` gave, with the steps and the sampler of the published models."""
+    return USUAL._replace(image_guidance_scale=flags.image_guidance_scale, guidance_scale=flags.guidance_scale)
+
+
 def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_scales: float) -> None:
     """Add the flags that every inference script takes. Without a default `model_id` the flag is required."""
     model = parser.add_argument_group("model")
@@ -89,10 +96,10 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
     )
     parser.set_defaults(stated=set())
     steps = {"type": whole_number(1), "default": NUM_INFERENCE_STEPS}
-    sampling.add_argument("--steps", action=_Stated, **steps, help="denoising steps")
+    sampling.add_argument("--steps", action=Stated, **steps, help="denoising steps")
     names = f"own (the pipeline's, the default), {', '.join(SCHEDULERS)}"
-    sampling.add_argument("--scheduler", action=_Stated, type=scheduler_name, metavar="NAME", help=f"sampler: {names}")
-    add_guidance_flags(sampling, **guidance_scales, action=_Stated)
+    sampling.add_argument("--scheduler", action=Stated, type=scheduler_name, metavar="NAME", help=f"sampler: {names}")
+    add_guidance_flags(sampling, **guidance_scales, action=Stated)
     sampling.add_argument("--negative_prompt", default="", metavar="TEXT", help="what guidance leads away from")
     sampling.add_argument("--seed", type=whole_number(0), default=0, help="seed of the initial noise")
     variations = "edits of each image, NAME-1, NAME-2, ...: number n is what a seed larger by n - 1 gives"
@@ -140,7 +147,8 @@ def warn_of_cut(pipeline, instructions: Iterable[str], negative_prompt: str) -> 
         lost = [tokenizer.decode(ids[limit - 1 : -1]) for ids in tokenizer(texts).input_ids if ids[limit:]]
         if lost:
             others = f", nor the end of {len(lost) - 1} others" if lost[1:] else ""
-            warn(f"{flag}: longer than the {limit} tokens that the model reads; it does not see {lost[0]!r}{others}")
+            text = lost[0] if len(lost[0]) <= MOST_SHOWN else f"{lost[0][:MOST_SHOWN]} ..."
+            warn(f"{flag}: longer than the {limit} tokens that the model reads; it does not see {text!r}{others}")
 
 
 # Models.

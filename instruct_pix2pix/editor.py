@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
-from instruct_pix2pix.cli import Parser, UserError, warn
+from instruct_pix2pix.cli import MemoryShortage, Parser, UserError, warn
+from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, Setting
 from instruct_pix2pix.files import check_folder, write_bytes
 from instruct_pix2pix.images import encode_image
@@ -34,9 +35,7 @@ class Editor:
     edit is what the model's recommended_settings.json says, else `usual`. Raises UserError for what is no such model.
     """
 
-    usual = Setting(editing.NUM_INFERENCE_STEPS, editing.IMAGE_GUIDANCE_SCALE, editing.GUIDANCE_SCALE)
-
-    def __init__(self, model_id: str, device: str = "auto", dtype: str = "auto", usual: Setting = usual):
+    def __init__(self, model_id: str, device: str = "auto", dtype: str = "auto", usual: Setting = editing.USUAL):
         self.model_id, self.device, self.dtype, self.usual = os.path.expanduser(model_id), device, dtype, usual
         editing.check_model(self.model_id)
         self.recommended = editing.recommended_settings(self.model_id)
@@ -108,7 +107,17 @@ class Editor:
         options = {"negative_prompt": negative_prompt, "resolution": resolution, "tile": tile, "on_step": report}
         # One at a time: the first is to the bit what it is alone, and memory does not grow with their number.
         for number in range(seed, seed + num_variations):
-            [edited] = editing.edit(self.pipeline, [instruction], [picture], [number], **setting._asdict(), **options)
+            try:
+                [edited] = editing.edit(
+                    self.pipeline, [instruction], [picture], [number], **setting._asdict(), **options
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = "{}x{}".format(*inner)
+                raise MemoryShortage(
+                    f"--resolution: {size} pixels do not fit into the GPU's memory; lower it, or give --tile"
+                ) from None
             results.append(edited if mask is None else editing.keep_outside(picture, edited, mask))
         return results if num_variations > 1 else results[0]
 

@@ -56,6 +56,8 @@ def gather(run_folder: Path, step: int, folder: Path) -> tuple[list[str], list[E
             sheet.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.save(folder / name, quality=90)
             shown.append(f"After update {newest[0]}, {caption}.\n\n![{caption}]({name})")
+    with contextlib.suppress(OSError):  # it holds something
+        (folder / IMAGES).rmdir()
     return shown + figures, results
 
 
@@ -91,7 +93,7 @@ def _evaluation(run_folder: Path, step: int) -> tuple[list[str], list[EvalResult
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         names, data, split = (found["settings"][key] for key in ("models", "dataset", "split"))
-        here = [label for label, name in names.items() if Path(name).expanduser().resolve() == run_folder.resolve()]
+        here = [label for label, name in names.items() if name == run_folder.resolve().name]  # of a path its last part
         [means] = [found["models"][label] for label in here if found["models"][label]["training"]["steps"] == step]
         about = {"dataset_type": for_others(data), "dataset_name": Path(data).name, "dataset_split": split}
         results = [
@@ -99,7 +101,7 @@ def _evaluation(run_folder: Path, step: int) -> tuple[list[str], list[EvalResult
             for name in METRICS
             if name in means["all"]
         ]
-        return [code_block("", "\n".join(table(found)))], results
+        return [code_block("", "\n".join(table(found["models"])))], results
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         logger.warning("%s is not of this pipeline and does not go into its card; evaluate again", file)
         return [], []

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from instruct_pix2pix.cli import UserError
 
+os.umask(_UMASK := os.umask(0))  # it cannot be asked for without being set
+
 
 @contextmanager
 def written_whole(path: str | os.PathLike):
@@ -61,6 +63,15 @@ def flush(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def flush_tree(path: Path) -> None:
+    """`flush` a file, or a folder and all in it that was just written. Others may read the files as the umask says,
+    which safetensors leaves to their owner alone."""
+    for written in (path, *path.rglob("*")):
+        if written.is_file():
+            written.chmod(0o666 & ~_UMASK)
+        flush(written)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -27,6 +27,7 @@ from instruct_pix2pix.files import (
     check_folder,
     code_block,
     flush,
+    flush_tree,
     for_others,
     free_space,
     in_megabytes,
@@ -215,8 +216,7 @@ def _made_whole(flag: str, output: Path):
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        for path in (new, *new.rglob("*")):
-            flush(path)
+        flush_tree(new)
         os.replace(new, output)
         flush(output.parent)
     except (OSError, SafetensorError) as error:
@@ -234,8 +234,7 @@ def _write_export(folder: Path, config, flags: dict, unet, summary: dict, name: 
         write_json(folder / ADAPTER_FOLDER / CONFIG_FILE, hide_paths(flags))
     shown = evidence.gather(Path(config.output_dir), summary["steps"], folder)
     write_text(folder / "README.md", model_card(config, flags, summary, name, instruction, *shown))
-    for path in (folder, *folder.rglob("*")):
-        flush(path)
+    flush_tree(folder)
 
 
 def _put_in_place(output_dir: Path) -> None:
@@ -377,7 +376,7 @@ def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruct
     }
     lines = [f"| `--{flag}` | {value} |" for flag, value in values.items()]
     took = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if value is not None)
-    setting = Setting(editing.NUM_INFERENCE_STEPS, config.image_guidance_scale, config.guidance_scale)
+    setting = editing.usual_setting(config)
     return f"""---
 {metadata.to_yaml()}
 ---

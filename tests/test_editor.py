@@ -12,7 +12,7 @@ from PIL import Image
 
 from inference import cartoonize, edit_images, low_level_image_processing
 from instruct_pix2pix import Editor, devices, edit_folder, editing, records
-from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.cli import MemoryShortage, UserError
 from instruct_pix2pix.evaluation.settings import SETTINGS_FILE
 from tests.conftest import ROOT, copy_tree
 
@@ -227,6 +227,20 @@ def test_what_the_model_does_not_read_is_said(editor, photo, capsys):
     # And it is true: another end makes no difference.
     other = editor(photo, " ".join(words[:fits] + ["red", "cup"]), steps=1, negative_prompt=" ".join(words))
     assert np.array_equal(pixels(first), pixels(other))
+
+
+def test_a_long_text_is_said_in_short(editor, photo, capsys):
+    editor(photo, "word " * 5000, steps=1)
+    assert len(capsys.readouterr().err) < 300
+
+
+def test_too_little_memory_is_one_line(editor, photo, monkeypatch):
+    def edit(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(editing, "edit", edit)
+    with pytest.raises(MemoryShortage, match="--resolution: .* pixels do not fit into the GPU's memory; .*--tile"):
+        editor(photo, "blur it")
 
 
 def test_a_scaled_image_is_said(editor, photo, capsys):

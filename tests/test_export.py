@@ -275,6 +275,14 @@ def test_a_checkpoint_is_exported_file_by_file_as_training_would_have(trained, s
         export_checkpoint.main([str(trained), "--output_dir", str(tmp_path / "other")])
 
 
+def test_others_may_read_what_a_run_leaves_as_the_umask_says(small_run, tmp_path):
+    run = small_run(max_train_steps=1, lora_rank=2)
+    files = list(run.rglob("*.safetensors"))
+    assert {path.parent.name for path in files} >= {"unet", "vae", "text_encoder", "adapter", "checkpoint-1"}
+    (plain := tmp_path / "plain").touch()
+    assert {oct(path.stat().st_mode) for path in files} == {oct(plain.stat().st_mode)}
+
+
 def test_a_checkpoint_edits_as_its_export_does(trained, tmp_path):
     def edited(model: Path, name: str) -> bytes:
         photo = tmp_path / "photo.png"

@@ -14,12 +14,13 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from instruct_pix2pix import publishing
+from instruct_pix2pix import editing, publishing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.order import stream
 from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.data.triples import load_triples, open_pair
 from instruct_pix2pix.evaluation.metrics import psnr
+from instruct_pix2pix.evaluation.settings import SETTINGS_FILE
 from instruct_pix2pix.models import sd, trained
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training.loss import sample_losses, sums_by_band
@@ -234,6 +235,44 @@ def test_several_images_each_with_its_instruction(small_run, tmp_path):
     exported = (tmp_path / "exported" / "README.md").read_text()
     assert re.search('"(blur it|make it blurry)",', exported)
     assert exported.replace('"exported"', '"run"').replace("# exported", "# run") == card
+
+
+def test_edits_are_made_as_the_base_edits_best_unless_flags_say_otherwise(
+    small_run, base_models, tasks, tmp_path, monkeypatch
+):
+    base, asked = copy_tree(base_models["finetune"], tmp_path / "base"), []
+    best = {"steps": 3, "image_guidance_scale": 1.0, "guidance_scale": 1.0, "scheduler": None}
+    gray = best | {"steps": 2, "scheduler": "ddim", "instructions": ["Blur it 5"]}
+    (base / SETTINGS_FILE).write_text(json.dumps({"all": best, "tasks": {"gray": gray}}))
+
+    def watch(pipeline, prompts, images, seeds, **setting):
+        asked.append((prompts, setting))
+        return edit(pipeline, prompts, images, seeds, **setting)
+
+    edit = editing.edit
+    monkeypatch.setattr(editing, "edit", watch)
+    flags = {"pretrained_model_name_or_path": base, "max_train_steps": 1, "num_validation_images": 6}
+    flags |= {"validation_dataset": tasks, "validation_split": "test"}
+    run = small_run(**flags)
+    ddim = {"steps": 2, "image_guidance_scale": 1.0, "guidance_scale": 1.0, "scheduler": "ddim"}
+    assert asked == [([f"blur it {n}" for n in range(5)], best), (["blur it 5"], ddim)]
+    pictures = Image.open(run / "validation" / "step-000001-held-out.png")
+    asked.clear()
+    assert (
+        Image.open(small_run(name="own", **flags, guidance_scale=4.0) / "validation" / "step-000001-held-out.png")
+        != pictures
+    )
+    assert asked == [
+        ([f"blur it {n}" for n in range(5)], best | {"guidance_scale": 4.0}),
+        (["blur it 5"], ddim | {"guidance_scale": 4.0}),
+    ]
+    asked.clear()
+    small_run(
+        "train",
+        name="other",
+        **flags | {"pretrained_model_name_or_path": copy_tree(base_models["train"], tmp_path / "four")},
+    )
+    assert [setting for _, setting in asked] == [editing.USUAL._asdict()]
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.files import flush, free_space, in_megabytes, write_json
+from instruct_pix2pix.files import flush, flush_tree, free_space, in_megabytes, write_json
 from instruct_pix2pix.models import adapters
 from instruct_pix2pix.models.trained import ADAPTER_FILE, EMA_FILE, STATE_FILE, UNET_FILE, damage, read_state
 from instruct_pix2pix.training.ema import EMA
@@ -211,8 +211,7 @@ def _write_folder(folder: Path, state: dict, config: dict, tensors: dict[str, di
         save_file({name: t.cpu().contiguous() for name, t in group.items()}, folder / file, {"format": "pt"})
     files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     write_json(folder / STATE_FILE, {**state, "files": files})
-    for path in folder.rglob("*"):
-        flush(path)
+    flush_tree(folder)
 
 
 def _put_in_place(output_dir: Path, name: str) -> None:

@@ -6,7 +6,7 @@ import os
 
 from instruct_pix2pix.data import latent_cache
 
-NOT_WRITTEN_DOWN = {"hub_token", "local_rank", "dry_run"}
+NOT_WRITTEN_DOWN = {"hub_token", "local_rank", "dry_run", "stated"}
 
 
 class Config(argparse.Namespace):

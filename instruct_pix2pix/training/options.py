@@ -211,7 +211,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     validation = parser.add_argument_group(
         "validation",
         "The guidance scales are also what the model card recommends. Both at 1 are no guidance, which suits tasks with"
-        " one right answer.",
+        f" one right answer. Left out, they are those of a base's {editing.SETTINGS_FILE}, as are steps and scheduler.",
     )
     add = validation.add_argument
     several = {"nargs": "+", "action": _OneOrMore}
@@ -240,7 +240,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--validation_epochs", type=int, default=1, help="Validate every so many epochs.")
     add("--validation_steps", type=int, help="Validate every so many updates instead.")
-    editing.add_guidance_flags(validation)
+    editing.add_guidance_flags(validation, action=editing.Stated)
+    parser.set_defaults(stated=set())
 
     tracking = parser.add_argument_group("tracking and publishing")
     add = tracking.add_argument

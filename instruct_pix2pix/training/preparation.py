@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
-from instruct_pix2pix import hub, publishing
+from instruct_pix2pix import editing, hub, publishing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
 from instruct_pix2pix.data.order import SampleOrder
@@ -56,6 +56,7 @@ class Plan:
     space_needed: int  # bytes in --output_dir
     validation_images: list[tuple[Image.Image, str]]  # with their instructions; these and the next on the main process
     held_out_triples: Triples | None
+    recommended: dict | None  # how the base edits best, see editing.recommended_settings
     repo_id: str | None
 
     @property
@@ -171,12 +172,14 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     if checkpoint is not None:
         _say_what_changed(config, state)
     space_needed = _space_needed(config, configs, state["step"])
-    validation_images, held_out_triples, repo_id = [], None, None
+    validation_images, held_out_triples, recommended, repo_id = [], None, None, None
     if accelerator.is_main_process:
         check_folder("--output_dir", output_dir, space_needed, "what training writes (checkpoints and the pipeline)")
         held_out_triples = load_held_out(config, source)
     if not config.dry_run and accelerator.is_main_process:
         validation_images = load_validation_images(config, multiple=sd.resolution_multiple(configs))
+        if configs["unet"]["in_channels"] == 8 and (validation_images or held_out_triples):
+            recommended = editing.recommended_settings(config.pretrained_model_name_or_path)
         if config.push_to_hub:
             repo_id = hub.prepare_repo(config)
     return Plan(
@@ -193,6 +196,7 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
         space_needed=space_needed,
         validation_images=validation_images,
         held_out_triples=held_out_triples,
+        recommended=recommended,
         repo_id=repo_id,
     )
 

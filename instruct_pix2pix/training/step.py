@@ -11,6 +11,7 @@ import warnings
 import torch
 
 from instruct_pix2pix.cli import MemoryShortage, first_line
+from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.models import adapters
 from instruct_pix2pix.training.loss import sample_losses
 
@@ -244,13 +245,6 @@ def _reserve(update: Update) -> int:
 
 
 # ---- memory
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory is what is missing: cuBLAS and cuDNN say it in words of their own."""
-    signs = ("out of memory", "ALLOC_FAILED", "unable to find an engine")
-    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-    return told or isinstance(error, torch.OutOfMemoryError)
 
 
 def memory_shortage(config) -> MemoryShortage:

@@ -11,6 +11,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from instruct_pix2pix import evidence, publishing
 from instruct_pix2pix.cli import RowError
+from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step as steps
@@ -48,7 +49,7 @@ def train(args, expected_in_channels: int) -> None:
             summary = run_updates(run)
             finish(run, summary)
     except RuntimeError as error:
-        if steps.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise steps.memory_shortage(plan.config) from error
         raise
 
@@ -92,7 +93,7 @@ def run_updates(run: Run) -> dict:
                 if saving or validating:
                     log.restart_clock()
     except (RowError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not steps.is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         keep_updates_so_far(run, log, error)
         raise

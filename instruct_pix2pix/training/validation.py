@@ -1,7 +1,9 @@
 """Hold a model against rows that it is not trained on, and show its edits, with the weights that would be exported."""
 
+import argparse
 import contextlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -15,6 +17,7 @@ from instruct_pix2pix.data.geometry import crop_pair
 from instruct_pix2pix.data.order import stream
 from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.data.triples import Triples, load_triples, open_pair
+from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.evaluation.metrics import psnr, ssim
 from instruct_pix2pix.evidence import PICTURES, validation_picture
 from instruct_pix2pix.files import write_bytes
@@ -23,7 +26,6 @@ from instruct_pix2pix.models.sd import build_pipeline
 from instruct_pix2pix.training.log import Lines, log_pictures
 from instruct_pix2pix.training.loss import BANDS, sample_losses
 from instruct_pix2pix.training.options import as_list
-from instruct_pix2pix.training.step import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -207,13 +209,8 @@ def show_edits(run, step: int) -> dict[str, float]:
     pipeline = build_pipeline(run.configs, run.tokenizer, run.text_encoder, run.vae, run.unet)
     streams = [stream(config.seed, "validation", index) for index in range(config.num_validation_images)]
     seeds = [int(rng.integers(2**31)) for rng in streams]
-    options = {
-        "steps": editing.NUM_INFERENCE_STEPS,
-        "guidance_scale": config.guidance_scale,
-        "image_guidance_scale": config.image_guidance_scale,
-    }
     for image, prompt in run.validation_images:
-        edits = editing.edit(pipeline, [prompt] * len(seeds), [image] * len(seeds), seeds, **options)
+        edits = _edit(run, pipeline, [prompt] * len(seeds), [image] * len(seeds), seeds)
         entries.append(([image, *edits], [prompt]))
         rows += [{"original_image": image, "edited_image": edit, "edit_prompt": prompt} for edit in edits]
     if entries:
@@ -223,7 +220,7 @@ def show_edits(run, step: int) -> dict[str, float]:
         return {}
     prompts, originals, targets = zip(*run.held_out.shown, strict=True)
     images = [Image.fromarray(original) for original in originals]
-    edits = editing.edit(pipeline, list(prompts), images, seeds[: len(images)], **options)
+    edits = _edit(run, pipeline, prompts, images, seeds)
     entries, rows = [], []
     for prompt, image, edit, target in zip(prompts, images, edits, targets, strict=True):
         pixels = np.asarray(edit)
@@ -233,6 +230,18 @@ def show_edits(run, step: int) -> dict[str, float]:
         rows.append({"input": image, "edit": edit, "target": target, "instruction": prompt, **scores})
     _show(run, step, "-held-out", contact_sheet(entries, columns=2, headings=("input", "edit", "target")), rows)
     return {name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "ssim")}
+
+
+def _edit(run, pipeline, prompts: Sequence[str], images: list[Image.Image], seeds: list[int]) -> list[Image.Image]:
+    """Edits by the scales that were given, else what is recommended for an instruction, else the defaults."""
+    flags = argparse.Namespace(**editing.usual_setting(run.config)._asdict(), stated=run.config.stated)
+    settings = [editing.sampling_of(flags, run.recommended, prompt)[0] for prompt in prompts]
+    edits = {}
+    for setting in dict.fromkeys(settings):  # a batch has one
+        places = [place for place, its in enumerate(settings) if its == setting]
+        part = ([values[place] for place in places] for values in (prompts, images, seeds))
+        edits |= zip(places, editing.edit(pipeline, *part, **setting._asdict()), strict=True)
+    return [edits[place] for place in range(len(images))]
 
 
 def _show(run, step: int, kind: str, sheet: Image.Image, rows: list[dict]) -> None:
