@@ -520,7 +520,7 @@ def fresh_compiler(tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_edits_agree(edited, model, photos, tmp_path, fresh_compiler, capsys):
     import torch
 

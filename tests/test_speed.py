@@ -108,7 +108,7 @@ def test_micro_batches_that_make_no_sense(small_run):
 # ---- compilation
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_training_is_uncompiled_training(small_run, monkeypatch, caplog):
     """Traced and differentiated by PyTorch's compiler under autocast, but for the C++ that takes minutes to build."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

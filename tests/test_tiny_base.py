@@ -263,7 +263,7 @@ def test_generic_edits_are_the_same_to_the_byte_after_a_kill_and_differ_by_seed(
     assert checksums(other)["data/train-00000-of-00003.parquet"] != made["data/train-00000-of-00003.parquet"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_recipe_runs_to_the_end(tmp_path):
     """Two updates of every stage: the models are there, whole and described."""
     environment = {
