@@ -141,7 +141,8 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path, name: str
     unet = trained.load_unet(checkpoint, low_cpu_mem_usage=False)
     check_finite(unet)
     flags = state["flags"]
-    summary = {"steps": state["step"], "images": state["samples_seen"], "commit": state.get("commit")}
+    summary = {"steps": state["step"], "images": state["samples_seen"]}
+    summary |= {name: state.get(name) for name in ("device", "commit")}
     with contextlib.suppress(OSError, ValueError):  # the run's own, where this was its last update
         run = json.loads((Path(config.output_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
         summary = run if run["steps"] == state["step"] else summary

@@ -266,7 +266,7 @@ def test_a_checkpoint_is_exported_file_by_file_as_training_would_have(trained, s
     parts = [name for name in shorter if name != "README.md"]
     assert {name: second[name] for name in parts} == {name: shorter[name] for name in parts}
     card = second["README.md"].decode()
-    assert "steps 2, images 4" in card and 'model = "second"' in card
+    assert "steps 2, images 4, device " in card and 'model = "second"' in card
     assert contents(trained) == before
 
     with pytest.raises(UserError, match="--output_dir: .*run is not empty; name a new folder"):

@@ -109,7 +109,7 @@ def run_updates(run: Run) -> dict:
         "train_seconds": round(time.perf_counter() - started, 1),
         "images_per_update": run.images_per_update,
         "epochs": round(run.epoch(last), 2),
-        "device": torch.cuda.get_device_name() if on_gpu else accelerator.device.type,
+        "device": _device_name(accelerator),
         "peak_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
         "commit": evidence.code_commit(),
     }
@@ -128,6 +128,10 @@ def save(run: Run, step: int, sound: bool, found: dict[str, float]) -> None:
     run.accelerator.wait_for_everyone()
 
 
+def _device_name(accelerator) -> str:
+    return torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
+
+
 def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
     config, scaler = run.config, run.accelerator.scaler
     state = {
@@ -136,7 +140,8 @@ def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
         "seed": config.seed,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
         "flags": resolved(config),
-        "instruction": run.triples.first_instruction(),  # this and the next for the card of an export
+        "instruction": run.triples.first_instruction(),  # this and the next two for the card of an export
+        "device": _device_name(run.accelerator),
         "commit": evidence.code_commit(),
     }
     state |= {"validation": found} if found else {}
