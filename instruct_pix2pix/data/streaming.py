@@ -44,7 +44,8 @@ PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before a server that failed is 
 PATIENCE = 30  # seconds after which waiting for a row group is said
 FETCHES_AT_A_TIME = 4  # of one process
 LOCKS = 1024  # files by which processes agree on who fetches a row group
-BYTES_PER_REQUEST = 4 * 2**20  # of a column
+BYTES_AT_ONCE = 32 * 2**20  # a row group up to this is one request, of a larger one its columns are read
+BYTES_PER_REQUEST = 8 * 2**20  # so much at a time
 ROWS_PER_BATCH = 16  # that are in memory while a row group is written
 
 
@@ -185,7 +186,8 @@ class StreamedTable:
     def _fetch(self, group: int, path: Path) -> None:
         shard, number, schema = self.shards[self.shard[group]], int(self.number[group]), self.features.arrow_schema
         columns = list(self.features)
-        with self._open(shard) as file, pq.ParquetFile(file, buffer_size=BYTES_PER_REQUEST) as parquet:
+        reading = {"buffer_size": BYTES_PER_REQUEST, "pre_buffer": bool(self.bytes[group] <= BYTES_AT_ONCE)}
+        with self._open(shard) as file, pq.ParquetFile(file, **reading) as parquet:
             if _digest(parquet.metadata) != self.digests[self.shard[group]]:
                 raise SourceLost(f"{self.source}: {shard} is not what it was when training started; start again")
             batches = parquet.iter_batches(ROWS_PER_BATCH, row_groups=[number], columns=columns, use_threads=False)
