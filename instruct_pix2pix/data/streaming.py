@@ -26,7 +26,7 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.data_files import DataFilesList, get_data_patterns
+from datasets.data_files import DataFilesList, EmptyDatasetError, get_data_patterns
 from datasets.table import table_cast
 from filelock import FileLock, Timeout
 from tqdm.contrib.concurrent import thread_map
@@ -55,13 +55,14 @@ def shard_patterns(source: Source) -> dict[str, list[str]]:
     address = source.name.rstrip("/")
     if address.endswith(".parquet"):
         return {split_in_name(address.rsplit("/", 1)[-1].split("*")[0].removesuffix(".parquet")) or "train": [address]}
-    found = retried(lambda: get_data_patterns(address, datasets.DownloadConfig(token=source.token)), source, "the list")
+    options = datasets.DownloadConfig(token=source.token)
+    found = retried(lambda: get_data_patterns(address, options), source, "the list", PAUSES)
     return {str(split): [f"{address}/{pattern}" for pattern in patterns] for split, patterns in found.items()}
 
 
-def retried(call: Callable[[], T], source: Source, what: str, pauses: tuple[int, ...] = PAUSES) -> T:
-    """call(), again after a pause where it fails, which is said; what is not there, or not ours to see, and a disk that
-    is full fail at once. Raises SourceLost."""
+def retried(call: Callable[[], T], source: Source, what: str, pauses: tuple[int, ...]) -> T:
+    """call(), again after a pause where it fails, which is said; what waiting does not mend fails at once. Raises
+    SourceLost."""
     for attempt in itertools.count():
         try:
             return call()
@@ -69,7 +70,8 @@ def retried(call: Callable[[], T], source: Source, what: str, pauses: tuple[int,
             raise
         except Exception as error:  # every file system below, and every library of theirs, has its own
             problem = f"{source}: {what} cannot be read ({type(error).__name__}: {first_line(error)})"
-            lasting = isinstance(error, FileNotFoundError | PermissionError | ImportError)
+            # Of a file that was there, FileNotFoundError is what fsspec makes of a web server's 503.
+            lasting = isinstance(error, EmptyDatasetError | PermissionError | ImportError)
             lasting |= isinstance(error, ValueError) and not isinstance(error, pa.ArrowInvalid)  # of bytes cut short
             if lasting or attempt == len(pauses) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 tried = f" after {attempt + 1} tries; the same command goes on from here" if attempt else ""

@@ -292,7 +292,7 @@ def _say_what_is_unusual(config) -> None:
 def _say_what_changed(config, state: dict) -> None:
     """A resumed run may change flags, on purpose or not; those that change the course of training are named."""
     harmless = {"output_dir", "resume_from_checkpoint", "report_to", "max_train_steps", "num_train_epochs"}
-    harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best"}
+    harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best", "stream_cache_gb"}
     harmless |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
     now, then = resolved(config), state["flags"]
     for name in ("use_8bit_adam", "lora_rank", "lora_alpha", "use_dora"):  # which tensors there are, and of what kind
