@@ -7,6 +7,7 @@ in pieces, into an Arrow file that all of them map into memory; the oldest of th
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import itertools
@@ -34,7 +35,7 @@ from tqdm.contrib.concurrent import thread_map
 from instruct_pix2pix.cli import SourceLost, UserError, first_line
 from instruct_pix2pix.data.pairing import split_in_name
 from instruct_pix2pix.data.sources import Source
-from instruct_pix2pix.files import check_folder, fingerprint, in_megabytes, write_json, written_whole
+from instruct_pix2pix.files import check_folder, fingerprint, free_space, in_megabytes, write_json, written_whole
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -43,7 +44,6 @@ GROUPS_MIXED = 8  # row groups whose rows are shuffled together
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds before a server that failed is asked again
 PATIENCE = 30  # seconds after which waiting for a row group is said
 FETCHES_AT_A_TIME = 4  # of one process
-LOCKS = 1024  # files by which processes agree on who fetches a row group
 BYTES_AT_ONCE = 32 * 2**20  # a row group up to this is one request, of a larger one its columns are read
 BYTES_PER_REQUEST = 8 * 2**20  # so much at a time
 ROWS_PER_BATCH = 16  # that are in memory while a row group is written
@@ -123,8 +123,8 @@ class StreamedTable:
         return self._with(datasets.Features({**self.features, name: feature}))
 
     def _with(self, features: datasets.Features) -> StreamedTable:
-        table = object.__new__(StreamedTable)
-        table.__dict__ |= self.__getstate__() | {"features": features}
+        table = copy.copy(self)
+        table.features = features
         return table
 
     def __getstate__(self) -> dict:
@@ -172,7 +172,7 @@ class StreamedTable:
         _check_alive(self.source)
         digest, pauses = self.digests[self.shard[group]], self.pauses
         path = self.folder / f"{fingerprint([digest, int(self.number[group]), str(self.features)])}.arrow"
-        lock = FileLock(self.folder / f".lock-{group % LOCKS}")
+        lock = FileLock(self.folder / f".lock-{path.name[:3]}")  # few files for all
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
@@ -201,17 +201,22 @@ class StreamedTable:
 
     def _make_room(self, needed: int) -> None:
         """Remove the files that were not used for longest, until `needed` bytes more keep to the limit."""
-        found = []
-        for entry in os.scandir(self.folder):
-            with suppress(FileNotFoundError):  # another process removes, too
-                if entry.is_file() and not entry.name.startswith(".lock"):
-                    found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
-        total = needed + sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total <= self.source.stream_cache:
+        files = self._files()
+        total = needed + sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= self.source.stream_cache and free_space(self.folder) > 2 * needed:
                 break
             Path(path).unlink(missing_ok=True)
             total -= size
+
+    def _files(self) -> list[tuple[float, int, str]]:
+        """(when last used, bytes, path) of what is kept, the oldest first."""
+        found = []
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):  # another process removes, too
+                if entry.name.endswith((".arrow", ".partial")):
+                    found.append((entry.stat().st_mtime, entry.stat().st_size, entry.path))
+        return sorted(found)
 
     def _check_room(self) -> None:
         """Raise UserError where the row groups of one block and of the next would not fit."""
@@ -222,7 +227,8 @@ class StreamedTable:
                 f"--stream_cache_gb: {limit / 1e9:g} is too small for {self.source}: its row groups have up to"
                 f" {in_megabytes(largest)}, and {2 * GROUPS_MIXED} of them are needed; give {needed / 1e9:.1f} or more"
             )
-        check_folder("--cache_dir", self.folder, needed, "row groups")
+        kept = sum(size for _, size, _ in self._files())
+        check_folder("--cache_dir", self.folder, max(0, needed - kept), "a stream's row groups")
 
     # ---- shards
 

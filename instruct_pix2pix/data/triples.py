@@ -69,7 +69,7 @@ class Triples:
         """(G,) of the rows in use those in each row group of a stream; all in one group otherwise."""
         if not isinstance(self.rows, StreamedTable):
             return np.array([len(self)])
-        return np.diff(np.searchsorted(self.indices, [*self.rows.firsts, len(self.rows)]))
+        return np.diff(np.searchsorted(self.indices, np.append(self.rows.firsts, len(self.rows))))
 
     def order(self, seed: int) -> SampleOrder:
         """The order in which the places in `indices` are trained on."""
