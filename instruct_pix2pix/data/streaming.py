@@ -97,7 +97,8 @@ class StreamedTable:
         self.shards, self.source, self.folder = list(shards), source, cache / "streams"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.pauses = PAUSES if "://" in self.shards[0] else ()
-        footers = self._footers(shards.origin_metadata)
+        self.origins = shards.origin_metadata  # of each shard its time or tag, or () where the server tells none
+        footers = self._footers()
         self.digests = [footer["digest"] for footer in footers]
         counts = [len(footer["rows"]) for footer in footers]
         self.shard = np.repeat(np.arange(len(footers)), counts)  # (G,) of each row group, and its number there
@@ -170,8 +171,9 @@ class StreamedTable:
     def _opened(self, group: int) -> datasets.Dataset:
         """A row group, mapped into memory, fetched where no process has it yet."""
         _check_alive(self.source)
-        digest, pauses = self.digests[self.shard[group]], self.pauses
-        path = self.folder / f"{fingerprint([digest, int(self.number[group]), str(self.features)])}.arrow"
+        shard, pauses = self.shard[group], self.pauses
+        content = [self.shards[shard], self.origins[shard], self.digests[shard], int(self.number[group])]
+        path = self.folder / f"{fingerprint([*content, str(self.features)])}.arrow"
         lock = FileLock(self.folder / f".lock-{path.name[:3]}")  # few files for all
         try:
             held = lock.acquire(timeout=0)
@@ -232,16 +234,17 @@ class StreamedTable:
 
     # ---- shards
 
+    def _retried(self, call: Callable[[], T], what: str) -> T:
+        return retried(call, self.source, what, self.pauses)
+
     def _open(self, shard: str):
-        options = {}
-        if shard.startswith("hf://") and self.source.token:
-            options = {"token": self.source.token}
+        options = {"token": self.source.token} if shard.startswith("hf://") and self.source.token else {}
         if shard.startswith(("http://", "https://")):
             options = {"client_kwargs": {"trust_env": True}}  # proxies
         system, path = fsspec.url_to_fs(shard, **options)
         return system.open(path, "rb", **({} if system.protocol[0] == "file" else {"cache_type": "none"}))
 
-    def _footers(self, origins: list) -> list[dict]:
+    def _footers(self) -> list[dict]:
         """Of each shard a digest, and the rows and bytes of each row group: looked up once while the shards stay as
         they are."""
 
@@ -252,16 +255,13 @@ class StreamedTable:
                 rows, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
                 return {"digest": _digest(metadata), "rows": rows, "bytes": sizes}
 
-        known = self.folder / f"{fingerprint([self.shards, origins])}.json"
-        if all(origins):
+        known = self.folder / f"{fingerprint([self.shards, self.origins])}.json"
+        if all(self.origins):
             with suppress(OSError, ValueError):
                 return json.loads(known.read_text(encoding="utf-8"))
 
-        def patiently(shard: str) -> dict:
-            return retried(lambda: look(shard), self.source, shard, self.pauses)
-
         bar = {"desc": "Reading footers", "unit": "shard", "leave": False, "disable": None, "max_workers": 16}
-        found = thread_map(patiently, self.shards, **bar)
+        found = thread_map(lambda shard: self._retried(lambda: look(shard), shard), self.shards, **bar)
         write_json(known, found)
         return found
 
@@ -270,7 +270,7 @@ class StreamedTable:
             with self._open(self.shards[0]) as file:
                 return datasets.Features.from_arrow_schema(pq.read_schema(file))
 
-        return retried(read, self.source, self.shards[0], self.pauses)
+        return self._retried(read, self.shards[0])
 
 
 def _digest(metadata: pq.FileMetaData) -> str:
