@@ -174,7 +174,8 @@ def test_rows_are_those_that_the_library_reads_from_the_same_shards(shards, tmp_
 def test_shards_that_say_the_same_of_themselves_are_told_apart(tmp_path):
     (tmp_path / "shards").mkdir()
     for shard, colour in enumerate(("red", "blue")):
-        cell = {"bytes": encode_image(Image.new("RGB", (8, 8), colour), ".bmp"), "path": None}
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "plain.bmp")  # of one size, whatever it shows
+        cell = {"bytes": (tmp_path / "plain.bmp").read_bytes(), "path": None}
         columns = {"input_image": [cell], "edit_prompt": ["x"], "edited_image": [cell]}
         plain = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         pq.write_table(pa.table(columns), tmp_path / f"shards/train-{shard}.parquet", **plain)
