@@ -194,7 +194,7 @@ def test_addresses_over_http_and_s3(shards, tmp_path, monkeypatch):
         served = Counter(server.served)
         load(f"{server.url}/{shards.name}", tmp_path / "http")
         footers = Counter(server.served) - served  # this server names no version, so they are read again
-        assert all(count <= 4 for path, count in footers.items() if path.endswith(".parquet")) and footers
+        assert 3 <= footers.total() < served.total() / 3
 
         with pytest.raises(UserError, match="nothing doesn't contain any data files"):
             load(f"{server.url}/nothing", tmp_path / "http")
