@@ -35,9 +35,9 @@ class SampleOrder:
     Position p is sample p % num_rows of epoch p // num_rows. An update takes the next so many positions, so every
     update has the full effective batch, wherever an epoch ends.
 
-    Where rows lie in groups that are dear to open, `groups` (G,) are their sizes in turn, num_rows in all. An epoch
-    then shuffles the groups, takes `mixed` of them after another, a block, and shuffles the rows of the block; a row is
-    stood in for by one of its block. One group of all rows, which is the default, is shuffled as a whole.
+    Where rows lie in groups that cost something to open, `groups` (G,) are their sizes in turn, num_rows in all. An
+    epoch then shuffles the groups, takes `mixed` at a time, a block, and shuffles the rows of the block; what stands in
+    for a row is of its block, too. By default all rows are one group, which is shuffled as a whole.
     """
 
     def __init__(self, num_rows: int, seed: int, groups: np.ndarray | None = None, mixed: int = 1):
@@ -95,8 +95,8 @@ class SampleOrder:
 
 
 def draw_subset(count: int, seed: int, groups: np.ndarray, mixed: int) -> np.ndarray:
-    """`count` rows of all, sorted, as many for every seed: of groups of these sizes so many as hold them are drawn
-    first, and no fewer than `mixed`, so that not all have to be opened."""
+    """`count` of all rows, drawn with the seed, sorted. Of groups of these sizes, as few as hold so many are drawn first,
+    but at least `mixed` of them, so that not all have to be opened."""
     rng = stream(seed, "subset")
     shuffled = rng.permutation(len(groups))
     enough = 1 + int(np.searchsorted(np.cumsum(groups[shuffled]), count))
