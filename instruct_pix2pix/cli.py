@@ -26,6 +26,12 @@ class RowError(UserError):
     everywhere = True
 
 
+class SourceLost(UserError):
+    """A dataset that cannot be read any more: its server fails, or its files have changed."""
+
+    everywhere = True
+
+
 class MemoryShortage(UserError):
     """A GPU that is too small for the flags."""
 

@@ -80,6 +80,12 @@ JOBS = [
         " --cached_crops=1",
     ),
     Job(
+        "streaming",
+        "finetune_instruct_pix2pix.py",
+        f"{TRAIN} --dataset_name=../../low_level/whole/out --resolution=32 --max_train_steps=16 --streaming"
+        " --dataloader_num_workers=2",
+    ),
+    Job(
         "export",
         "finetune_instruct_pix2pix.py",
         f"{TRAIN} --dataset_name=../../cartoons/whole/out --max_train_steps=16",

@@ -5,7 +5,7 @@ arithmetic, validation cannot change training, a change of workers or processes 
 two ranks share a draw, since no two ranks share a position.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -19,6 +19,7 @@ STREAMS = {
     "validation": 5,
     "subset": 6,
     "substitute": 7,
+    "groups": 8,
 }
 SUBSTITUTES = 1000  # rows that are tried in the place of one that cannot be used
 
@@ -33,21 +34,24 @@ class SampleOrder:
 
     Position p is sample p % num_rows of epoch p // num_rows. An update takes the next so many positions, so every
     update has the full effective batch, wherever an epoch ends.
+
+    Where rows lie in groups that cost something to open, `groups` (G,) are their sizes in turn, num_rows in all. An
+    epoch then shuffles the groups, takes `mixed` at a time, a block, and shuffles the rows of the block; what stands in
+    for a row is of its block, too. By default all rows are one group, which is shuffled as a whole.
     """
 
-    def __init__(self, num_rows: int, seed: int):
-        self.num_rows, self.seed = num_rows, seed
-        self._epoch, self._permutation = -1, None
+    def __init__(self, num_rows: int, seed: int, groups: np.ndarray | None = None, mixed: int = 1):
+        self.num_rows, self.seed, self.mixed = num_rows, seed, mixed
+        self.sizes = np.array([num_rows]) if groups is None else groups
+        self.firsts = np.cumsum(self.sizes) - self.sizes  # row at which each group starts
+        self.announce: Callable[[np.ndarray], None] | None = None  # is told the groups of a block and of the next
+        self._epoch = self._block = -1
 
     def locate(self, position: int) -> tuple[int, int]:
         """(epoch, row) at a position."""
         epoch, index = divmod(position, self.num_rows)
-        if epoch != self._epoch:
-            self._epoch, self._permutation = (
-                epoch,
-                stream(self.seed, "order", epoch).permutation(self.num_rows),
-            )
-        return epoch, int(self._permutation[index])
+        self._enter(epoch, index)
+        return epoch, int(self._permuted[index - self._starts[self._block]])
 
     def candidates(self, position: int) -> Iterator[tuple[int, int]]:
         """(epoch, row) at a position, and then the rows to stand in for it, in turn, where it cannot be used.
@@ -56,10 +60,49 @@ class SampleOrder:
         whom: resumed, on more processes or from a latent cache, a run sees the same.
         """
         epoch, row = self.locate(position)
+        rows = self._rows
         yield epoch, row
         draws = stream(self.seed, "substitute", position)
         for _ in range(SUBSTITUTES):
-            yield epoch, int(draws.integers(self.num_rows))
+            yield epoch, int(rows[draws.integers(len(rows))])
+
+    def _enter(self, epoch: int, index: int) -> None:
+        """Shuffle the epoch and the block that hold a row, unless that is done."""
+        if epoch != self._epoch:
+            self._epoch, self._block = epoch, -1
+            self._shuffled, self._starts = self._blocks(epoch)
+        block = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if block == self._block:
+            return
+        self._block, groups = block, self._groups(self._shuffled, block)
+        self._rows = np.concatenate([np.arange(self.sizes[group]) + self.firsts[group] for group in groups])
+        name = (self.seed, "order", epoch, *((block,) if block else ()))  # of the first block as of a single group
+        self._permuted = self._rows[stream(*name).permutation(len(self._rows))]
+        if self.announce is not None:
+            last = block + 1 == len(self._starts)
+            following = self._groups(self._blocks(epoch + 1)[0] if last else self._shuffled, 0 if last else block + 1)
+            self.announce(np.concatenate([groups, following]))
+
+    def _blocks(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The groups (G,) of an epoch in their order, and at which of its rows each block starts."""
+        shuffled = stream(self.seed, "groups", epoch).permutation(len(self.sizes))
+        sizes = self.sizes[shuffled]
+        return shuffled, (np.cumsum(sizes) - sizes)[:: self.mixed]
+
+    def _groups(self, shuffled: np.ndarray, block: int) -> np.ndarray:
+        groups = shuffled[block * self.mixed : (block + 1) * self.mixed]
+        return groups[self.sizes[groups] > 0]
+
+
+def draw_subset(count: int, seed: int, groups: np.ndarray, mixed: int) -> np.ndarray:
+    """`count` of all rows, drawn with the seed, sorted. Of groups of these sizes, as few as hold so many are drawn
+    first, but at least `mixed` of them, so that not all have to be opened."""
+    rng = stream(seed, "subset")
+    shuffled = rng.permutation(len(groups))
+    enough = 1 + int(np.searchsorted(np.cumsum(groups[shuffled]), count))
+    firsts = np.cumsum(groups) - groups
+    rows = [np.arange(groups[group]) + firsts[group] for group in np.sort(shuffled[: max(enough, mixed)])]
+    return np.sort(rng.permutation(np.concatenate(rows))[:count])
 
 
 def window_positions(

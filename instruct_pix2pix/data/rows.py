@@ -9,8 +9,10 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import datasets
+from datasets.packaged_modules.parquet.parquet import Parquet
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError, first_line
@@ -26,10 +28,12 @@ from instruct_pix2pix.data.layouts import (
 )
 from instruct_pix2pix.data.pairing import split_in_name
 from instruct_pix2pix.data.sources import TASK_COLUMN, Source, choose_split, find_columns, wordings_of
+from instruct_pix2pix.data.streaming import StreamedTable, shard_patterns
 from instruct_pix2pix.files import write_bytes
 from instruct_pix2pix.images import BadImage, fetch, image_size, is_url, suffixes
 
 DOWNLOADS_AT_A_TIME = 8
+T = TypeVar("T", datasets.Dataset, StreamedTable)
 
 
 @dataclass
@@ -37,7 +41,7 @@ class Rows:
     """`table` holds the columns named, images undecoded, and a `task` if there is one. `columns` names the column of
     each role (the keys of COLUMN_NAMES); without edit_prompt, `wordings` are every row's instructions."""
 
-    table: datasets.Dataset
+    table: datasets.Dataset | StreamedTable
     columns: dict[str, str]
     wordings: list[str] | None
     files: Files
@@ -127,11 +131,11 @@ def find_rows(source: Source) -> Rows:
     return Rows(table, columns, wordings, files, counts, left_out)
 
 
-def _load(source: Source) -> tuple[datasets.Dataset, Files, dict, list[dict]]:
+def _load(source: Source) -> tuple[datasets.Dataset | StreamedTable, Files, dict, list[dict]]:
     cache = Path(source.cache_dir or datasets.config.HF_DATASETS_CACHE) / "instruct_pix2pix"
     path, unpacked = Path(source.name).expanduser(), []
     places = places_of_two_folders(source) if source.edited_dir else {}
-    if not places and path.exists():
+    if not places and path.exists() and not source.streaming:
         archives = [path] if is_archive(path) else _archives_in(path)
         if archives:
             root = unpack(archives, cache, str(source))
@@ -148,7 +152,7 @@ def _load(source: Source) -> tuple[datasets.Dataset, Files, dict, list[dict]]:
         except Exception as error:  # pyarrow's errors, for text that is no Unicode say
             raise UserError(f"{source} cannot be made into a table: {first_line(error)}") from error
         return table, files, read.counts, read.left_out
-    return _load_by_library(path, source), files, {}, []
+    return _load_by_library(path, source, cache), files, {}, []
 
 
 def _archives_in(path: Path) -> list[Path]:
@@ -171,14 +175,17 @@ def _merged_shards(folders: list[Path], source: Source) -> dict[str, Place]:
     return merged
 
 
-def _load_by_library(path: Path, source: Source) -> datasets.Dataset:
+def _load_by_library(path: Path, source: Source, cache: Path) -> datasets.Dataset | StreamedTable:
+    is_address = "://" in source.name
+    if is_address and not source.streaming:
+        raise UserError(f"{source} is an address, which only training with --streaming reads; give a local copy")
     if path.is_file() and path.suffix.lower() != ".parquet":
         endings = "a .jsonl, .json, .csv, .tsv, .parquet, .zip or .tar file"
         raise UserError(f"{source} is no dataset; give a folder, {endings}, or a Hub id")
-    if not path.exists() and (source.name.startswith((".", "/", "~")) or source.name.count("/") > 1):
+    if not path.exists() and not is_address and (source.name.startswith((".", "/", "~")) or source.name.count("/") > 1):
         raise UserError(f"{source} is not a folder or a file; give one, or a Hub id")
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if not source.streaming and any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             loaded = datasets.load_from_disk(str(path))
         else:
             name, options = source.name, {"cache_dir": source.cache_dir, "token": source.token}
@@ -186,13 +193,23 @@ def _load_by_library(path: Path, source: Source) -> datasets.Dataset:
                 files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
                 options["cache_dir"] = _cache_of(files, source.cache_dir)
                 name, options = str(path), options | _data_files(path, files)
+            if is_address:
+                options["data_files"] = shard_patterns(source)
             if "data_files" in options:
                 name = "parquet"
-            loaded = datasets.load_dataset(name, source.config_name, **options)
+            load = datasets.load_dataset_builder if source.streaming else datasets.load_dataset
+            loaded = load(name, source.config_name, **options)
+    except UserError:
+        raise
     except Exception as error:  # datasets raises a dozen kinds for what is wrong with a source
         if "corresponds to no data" in str(error):
             raise UserError(f"{source} is empty; it needs at least one row") from error
         raise UserError(f"{source} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if source.streaming:  # so far only where its files are
+        files = loaded.config.data_files
+        if not isinstance(loaded, Parquet):
+            raise UserError(f"--streaming: {source.name} is not parquet; save it as such, or leave the flag out")
+        return StreamedTable(files[choose_split(files, source)], loaded.info.features, source, cache)
     if isinstance(loaded, datasets.Dataset):  # saved without its split's name, or with it
         loaded = {"train": loaded, str(loaded.split or "train"): loaded}
     return loaded[choose_split(loaded, source)]
@@ -221,7 +238,7 @@ def _cache_of(files: list[Path], cache_dir: str | None) -> str:
     return os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"folder-{digest}")
 
 
-def _undecoded(table: datasets.Dataset, column: str, role: str, source: Source) -> datasets.Dataset:
+def _undecoded(table: T, column: str, role: str, source: Source) -> T:
     """The table with an image column as it is encoded, so that decoding and its errors are ours."""
     feature = table.features[column]
     plain = _encoded_feature(feature)

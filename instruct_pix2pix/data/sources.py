@@ -6,6 +6,7 @@ The command line reads this module for its flags, so nothing heavy is imported h
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,8 @@ class Source:
     on_bad_row: str = "skip"  # or error
     check_all: bool = False  # decode every image before anything else
     cache_dir: str | None = None  # of the `datasets` library; its own place when left out
+    streaming: bool = False  # parquet shards that are read where they are, see streaming.StreamedTable
+    stream_cache: float = math.inf  # bytes on disk for what is read of them
     token: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:

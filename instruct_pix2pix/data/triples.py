@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import datasets
 import numpy as np
@@ -18,11 +19,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from instruct_pix2pix.cli import RowError, UserError
+from instruct_pix2pix.cli import RowError, SourceLost, UserError
 from instruct_pix2pix.data.geometry import align_original, alignment, crop_pair
-from instruct_pix2pix.data.order import SampleOrder, stream
+from instruct_pix2pix.data.order import SampleOrder, draw_subset, stream
 from instruct_pix2pix.data.rows import Files, find_rows
 from instruct_pix2pix.data.sources import COLUMN_NAMES, TASK_COLUMN, Source
+from instruct_pix2pix.data.streaming import GROUPS_MIXED, StreamedTable
 from instruct_pix2pix.images import BadImage, image_size, read_image
 
 logger = logging.getLogger(__name__)
@@ -34,10 +36,10 @@ ROWS_NAMED = 5  # of those that are found at once and cannot be used
 
 @dataclass
 class Triples:
-    """Checked rows. `rows` is a datasets.Dataset of the columns named, images undecoded, and a `task` if there is one;
-    `indices` (N,) are the rows in use, those that cannot be used among them; `source` is how messages call it."""
+    """Checked rows. `rows` is a table of the columns named, images undecoded, and a `task` if there is one; `indices`
+    (N,) are the rows in use, those that cannot be used among them; `source` is how messages call it."""
 
-    rows: datasets.Dataset
+    rows: datasets.Dataset | StreamedTable
     indices: np.ndarray
     original_image: str
     edited_image: str
@@ -52,12 +54,26 @@ class Triples:
     bad: dict[int, str] = field(default_factory=dict)  # rows found so far that cannot be used -> why
 
     def __post_init__(self):
-        self._texts = None if self.edit_prompt is None else self.rows.select_columns([self.edit_prompt])
+        self._texts = None if self.edit_prompt is None else self._light([self.edit_prompt])
         feature = self.rows.features.get(self.edit_prompt)
         self._classes = feature.names if isinstance(feature, datasets.ClassLabel) else None
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def _light(self, columns: list[str]) -> datasets.Dataset | StreamedTable:
+        """The rows, as far as they can be read without their images."""
+        return self.rows if isinstance(self.rows, StreamedTable) else self.rows.select_columns(columns)
+
+    def group_sizes(self) -> np.ndarray:
+        """(G,) of the rows in use those in each row group of a stream; all in one group otherwise."""
+        if not isinstance(self.rows, StreamedTable):
+            return np.array([len(self)])
+        return np.diff(np.searchsorted(self.indices, np.append(self.rows.firsts, len(self.rows))))
+
+    def order(self, seed: int) -> SampleOrder:
+        """The order in which the places in `indices` are trained on."""
+        return SampleOrder(len(self), seed, self.group_sizes(), GROUPS_MIXED)
 
     def instructions(self, index: int) -> list[str]:
         """The wordings of a row: its string, its list of strings, or its class's name. Raises RowError for others."""
@@ -75,9 +91,15 @@ class Triples:
 
     def distinct_instructions(self, most: int = ROWS_CHECKED) -> list[str]:
         """The instructions of at most `most` rows, evenly chosen, each once."""
-        chosen = self.indices[np.linspace(0, len(self) - 1, min(len(self), most)).astype(int)]
-        return list(dict.fromkeys(self._texts_of(chosen)))
+        return list(dict.fromkeys(self._texts_of(self.some(most))))
 
+    def some(self, most: int) -> np.ndarray:
+        """At most so many rows, evenly chosen; of a stream those of the first row group, which takes a fetch each."""
+        sizes = self.group_sizes()
+        count = sizes[sizes > 0][0]
+        return self.indices[np.linspace(0, count - 1, min(count, most)).astype(int)]
+
+    @cached_property
     def first_instruction(self) -> str:
         return next(self._texts_of(self.indices))
 
@@ -91,7 +113,8 @@ class Triples:
         """The task of each row in use; "all" for rows that name none."""
         if not isinstance(self.rows.features.get(TASK_COLUMN), datasets.Value):
             return ["all"] * len(self)
-        return [task or "all" for task in self.rows.select_columns([TASK_COLUMN])[self.indices][TASK_COLUMN]]
+        cells = self._light([TASK_COLUMN])
+        return [cells[int(index)][TASK_COLUMN] or "all" for index in self.indices]
 
     def row_error(self, index: int, column: str, problem: str) -> RowError:
         error = RowError(f"{self.source}: row {index}, column {column}: {problem}")
@@ -131,9 +154,8 @@ def load_triples(
     found = find_rows(source)
     indices = np.arange(len(found.table))
     if max_rows is not None and max_rows < len(indices):
-        if seed is not None:
-            indices = stream(seed, "subset").permutation(len(indices))
-        indices = np.sort(indices[:max_rows])
+        groups = found.table.sizes if source.streaming else np.array([len(indices)])
+        indices = indices[:max_rows] if seed is None else draw_subset(max_rows, seed, groups, GROUPS_MIXED)
     columns = {role: found.columns.get(role) for role in COLUMN_NAMES}
     about = {"source": str(source), "on_bad_row": source.on_bad_row, "geometry": geometry}
     about |= {"counts": found.counts, "left_out": found.left_out, "files": found.files}
@@ -150,6 +172,8 @@ def load_triples(
 
 
 def _fetch_images(triples: Triples, show_progress: bool) -> None:
+    if isinstance(triples.rows, StreamedTable):  # which is not looked through beforehand
+        return
     for column in dict.fromkeys((triples.original_image, triples.edited_image)):
         cells = triples.rows.select_columns([column])
         first = cells[int(triples.indices[0])][column]
@@ -160,8 +184,8 @@ def _fetch_images(triples: Triples, show_progress: bool) -> None:
 
 def _check_rows(triples: Triples, show_progress: bool, check_all: bool) -> None:
     """Look at headers, sizes and instructions before any weights load, or at the pixels of all rows."""
-    count = len(triples) if check_all else min(len(triples), ROWS_CHECKED)
-    chosen = triples.indices[np.linspace(0, len(triples) - 1, count).astype(int)]
+    chosen = triples.some(len(triples) if check_all else ROWS_CHECKED)
+    count = len(chosen)
     kinds: Counter[str] = Counter()
     errors: list[RowError] = []
 
@@ -219,16 +243,17 @@ class TripleDataset(torch.utils.data.Dataset):
         skipped             list of (row, reason)  that could not be used in its place
 
     Where rows that cannot be used are an error, one comes back as a RowError instead of being raised, so that it
-    crosses from a loader process in one piece.
+    crosses from a loader process in one piece; and so does the SourceLost of a stream.
     """
 
     def __init__(self, triples: Triples, args, latent_shape: tuple[int, int, int], num_timesteps: int):
         self.triples, self.args = triples, args
         self.latent_shape, self.num_timesteps = latent_shape, num_timesteps
-        self.order = SampleOrder(len(triples), args.seed)
+        self.order = triples.order(args.seed)
+        self.order.announce = getattr(triples.rows, "expect", None)
         self.bad = dict(triples.bad)  # not decoded again; its own, so that what is found here is news to the trainer
 
-    def __getitem__(self, position: int) -> dict | RowError:
+    def __getitem__(self, position: int) -> dict | UserError:
         args, triples = self.args, self.triples
 
         def reason(index: int) -> str | None:
@@ -243,7 +268,7 @@ class TripleDataset(torch.utils.data.Dataset):
         opened: list[tuple] = []
         try:
             epoch, index, skipped = first_usable(triples, self.order, position, reason)
-        except RowError as error:
+        except (RowError, SourceLost) as error:
             return error
         row_index = int(triples.indices[index])
         [(wordings, original, edited)] = opened
@@ -316,10 +341,10 @@ def diffusion_draws(seed: int, position: int, latent_shape: tuple[int, int, int]
     }
 
 
-def collate(samples: list[dict | RowError]) -> dict | RowError:
-    """Stack samples into a batch, "skipped" being a list; the first RowError among them takes the batch's place."""
+def collate(samples: list[dict | UserError]) -> dict | UserError:
+    """Stack samples into a batch, "skipped" being a list; the first error among them takes the batch's place."""
     for sample in samples:
-        if isinstance(sample, RowError):
+        if isinstance(sample, UserError):
             return sample
     tensors = [key for key, value in samples[0].items() if torch.is_tensor(value)]
     batch = {key: torch.stack([sample[key] for sample in samples]) for key in tensors}

@@ -29,7 +29,7 @@ def resolve(args: argparse.Namespace, accelerator, seed: int, rows: int) -> Conf
     flags = dict(vars(args))
     images_per_update = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     steps = args.max_train_steps or math.ceil(args.num_train_epochs * rows / images_per_update)
-    cached = latent_cache.is_worth_it(args, rows, samples=steps * images_per_update)
+    cached = not args.streaming and latent_cache.is_worth_it(args, rows, samples=steps * images_per_update)
     flags |= {
         "seed": seed,
         "mixed_precision": accelerator.mixed_precision,

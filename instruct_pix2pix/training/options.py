@@ -99,6 +99,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         " and up to 8 without it.",
     )
 
+    add = parser.add_argument_group("streaming", "Datasets larger than the disk (docs/training.md).").add_argument
+    add(
+        "--streaming",
+        action="store_true",
+        help="Leave the dataset's parquet shards where they are (on disk, the Hub, or at an hf://, s3:// or https://"
+        " address) and fetch row groups when their turn comes.",
+    )
+    add("--stream_cache_gb", type=float, default=10, help="Disk for row groups, in --cache_dir, in 10^9 bytes.")
+
     image = parser.add_argument_group("images")
     add = image.add_argument
     add("--resolution", type=int, default=256, help="Side of the square training images, in pixels.")
@@ -321,6 +330,13 @@ def check(args: argparse.Namespace) -> None:
             "--cache_latents: the crop is random, so say how many of each pair to keep with --cached_crops (4, say),"
             " or fix it with --center_crop"
         )
+    for name in ("cache_latents", "cached_crops", "original_dir") if args.streaming else ():
+        if getattr(args, name):
+            raise UserError(f"--{name}: needs the whole dataset at hand; leave it out, or --streaming")
+    if not args.stream_cache_gb > 0:
+        raise UserError(f"--stream_cache_gb: {args.stream_cache_gb} is out of range; give a number above 0")
+    if args.streaming and args.check_rows == "all":
+        raise UserError("--check_rows: all would read the whole stream; leave it out, rows are checked as they come")
     if args.lora_rank is None and (args.lora_alpha is not None or args.use_dora):
         raise UserError(f"--{'use_dora' if args.use_dora else 'lora_alpha'}: is of adapters; give --lora_rank, 16 say")
     # Three exclusive events of equal probability: more than a third each cannot be.

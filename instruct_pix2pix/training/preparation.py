@@ -19,7 +19,6 @@ from PIL import Image
 from instruct_pix2pix import editing, hub, publishing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
-from instruct_pix2pix.data.order import SampleOrder
 from instruct_pix2pix.data.sources import source_of
 from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, load_triples
 from instruct_pix2pix.files import check_folder, free_space
@@ -74,7 +73,7 @@ class Plan:
     def describe_update(self, step: int) -> str:
         """The rows and timesteps of an update, for a message: the same arithmetic that training goes by."""
         triples, config = self.triples, self.config
-        order = SampleOrder(len(triples), config.seed)
+        order = triples.order(config.seed)
         start = self.samples_seen(step - 1)
         positions = range(start, start + self.images_per_update)
         rows = [int(triples.indices[first_usable(triples, order, p, triples.known_reason)[1]]) for p in positions]
@@ -164,7 +163,9 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     sd.check_channels(configs, expected_in_channels, args.pretrained_model_name_or_path)
     latent_side = sd.check_resolution(configs, args.resolution)
     with accelerator.local_main_process_first():
-        source = source_of(args, "--dataset_name", "--train_data_dir", cache_dir=args.cache_dir, token=args.hub_token)
+        options = {"cache_dir": args.cache_dir, "token": args.hub_token}
+        options |= {"streaming": args.streaming, "stream_cache": args.stream_cache_gb * 1e9}
+        source = source_of(args, "--dataset_name", "--train_data_dir", **options)
         geometry = args.image_geometry
         triples = load_triples(source, seed, args.max_train_samples, accelerator.is_local_main_process, geometry)
     config = resolve(args, accelerator, seed, rows=len(triples))
@@ -295,7 +296,7 @@ def _say_what_is_unusual(config) -> None:
 def _say_what_changed(config, state: dict) -> None:
     """A resumed run may change flags, on purpose or not; those that change the course of training are named."""
     harmless = {"output_dir", "resume_from_checkpoint", "report_to", "max_train_steps", "num_train_epochs"}
-    harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best"}
+    harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best", "stream_cache_gb"}
     harmless |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
     now, then = resolved(config), state["flags"]
     for name in ("use_8bit_adam", "lora_rank", "lora_alpha", "use_dora"):  # which tensors there are, and of what kind

@@ -10,7 +10,7 @@ import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from instruct_pix2pix import evidence, publishing
-from instruct_pix2pix.cli import RowError
+from instruct_pix2pix.cli import RowError, SourceLost
 from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
@@ -92,7 +92,7 @@ def run_updates(run: Run) -> dict:
                     raise KeyboardInterrupt
                 if saving or validating:
                     log.restart_clock()
-    except (RowError, RuntimeError) as error:
+    except (RowError, SourceLost, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         keep_updates_so_far(run, log, error)
@@ -140,7 +140,7 @@ def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
         "seed": config.seed,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
         "flags": resolved(config),
-        "instruction": run.triples.first_instruction(),  # this and the next two for the card of an export
+        "instruction": run.triples.first_instruction,  # this and the next two for the card of an export
         "device": _device_name(run.accelerator),
         "commit": evidence.code_commit(),
     }
@@ -161,7 +161,8 @@ def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
         if log.is_finite():
             write_checkpoint(run, done, {})
             run.checkpoints.wait()
-            what = "a row that cannot be used" if isinstance(error, RowError) else "an update that needs more memory"
+            what = {RowError: "a row that cannot be used", SourceLost: "a dataset that cannot be read"}.get(type(error))
+            what = what or "an update that needs more memory"
             logger.error("stopped at %s; checkpoint-%d keeps the updates so far", what, done)
 
 
@@ -175,7 +176,7 @@ def finish(run: Run, summary: dict) -> None:
     if accelerator.is_main_process:
         with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
             prompt = config.validation_prompt
-            instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction()
+            instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction
             publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
         write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)

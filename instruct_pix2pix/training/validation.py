@@ -67,7 +67,7 @@ def load_held_out(config, source: Source) -> Triples | None:
         raise UserError(f"{flag}: {other or split} is trained on; name a split that is held out")
     held_out = replace(source, flag=flag, split=split)
     if other:
-        held_out = replace(held_out, name=other, edited_dir=None, config_name=None)
+        held_out = replace(held_out, name=other, edited_dir=None, config_name=None, streaming="://" in other)
     return load_triples(held_out, ANY_RUN, config.max_validation_samples, False, config.image_geometry)
 
 
