@@ -139,12 +139,12 @@ def test_a_run_its_checkpoint_and_a_dry_run_can_be_given_back(small_run, tmp_pat
     written = json.loads((whole / "checkpoint-2/state.json").read_text(encoding="utf-8"))["flags"]
     assert written == json.loads((whole / "checkpoint-4/state.json").read_text(encoding="utf-8"))["flags"]
     printed = {}
-    for given in (whole / "checkpoint-2/state.json", tmp_path / "printed.json"):
+    for file in (whole / "checkpoint-2/state.json", tmp_path / "printed.json"):
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
-            run_script("finetune", config=given, output_dir=tmp_path / "again", dry_run=True)
+            run_script("finetune", config=file, output_dir=tmp_path / "again", dry_run=True)
         (tmp_path / "printed.json").write_text(out.getvalue(), encoding="utf-8")
-        printed[given.name] = json.loads(out.getvalue())["flags"]
+        printed[file.name] = json.loads(out.getvalue())["flags"]
     assert printed["state.json"] == printed["printed.json"] == written | {"output_dir": str(tmp_path / "again")}
 
     run_script("finetune", config=tmp_path / "printed.json", max_train_steps=2)
