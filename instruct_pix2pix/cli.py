@@ -108,8 +108,9 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, "takes no mapping and no list of lists")
         if node.tag.endswith(":null"):
             return []  # a flag that is left out
-        if action.nargs == 0:
-            if not node.tag.endswith(":bool"):
+        is_switch = node.tag.endswith(":bool")
+        if action.nargs == 0 or (action.nargs == "?" and is_switch):
+            if not is_switch:
                 raise argparse.ArgumentError(action, "is a switch; give true or false")
             on = node.value.lower() in ("true", "yes", "on")
             return [flag for flag in action.option_strings if flag.startswith("--no-") != on]

@@ -108,6 +108,14 @@ def test_lists_of_a_file_leave_the_command_lines_files_alone(parse):
     assert (given.images, given.size) == (["a.png", "b.png"], [1, 2])
 
 
+@pytest.mark.parametrize(("value", "address"), [("true", "here"), ("false", None), ("null", None), ("a:1", "a:1")])
+def test_a_flag_that_needs_no_value(value, address, parse):
+    parser = Parser("")
+    parser.add_argument("images", nargs="+")
+    parser.add_argument("--cluster", nargs="?", const="here")
+    assert parse(f"cluster: {value}", "a.png", parser=parser).cluster == address
+
+
 values = {
     "seed": st.integers(0, 2**40),
     "learning_rate": st.floats(1e-12, 1e3),
