@@ -55,6 +55,8 @@ def write_space(args: argparse.Namespace) -> None:
     from huggingface_hub import SpaceCardData
 
     folder, model = Path(args.write_space), args.model_id
+    if any(word.startswith("--config") for word in args.other_flags):
+        raise cli.UserError("--config: the Space would not have the file; give what it says as flags")
     check_folder("--write_space", folder)
     if folder.exists() and any(folder.iterdir()):
         raise cli.UserError(f"--write_space: {folder} is not empty; name a new folder")

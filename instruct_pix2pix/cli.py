@@ -4,6 +4,7 @@ Imports nothing heavy, so that `--help` and a wrong flag answer at once.
 """
 
 import argparse
+import difflib
 import errno
 import math
 import os
@@ -11,6 +12,7 @@ import re
 import shutil
 import sys
 import traceback
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -46,12 +48,83 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+class _ReadBefore(argparse.Action):
+    """--config, whose file `Parser` has read by the time that argparse comes to it; it leaves nothing behind."""
+
+    def __call__(self, *_):
+        pass
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes are UserErrors; `description` is the script's docstring."""
+    """An ArgumentParser whose mistakes are UserErrors; `description` is the script's docstring.
+
+    Every script takes --config FILE: flags by their names, as if they stood in front of those of the command line.
+    """
 
     def __init__(self, description: str, **options):
         options = {"formatter_class": _HelpFormatter, "allow_abbrev": False} | options
         super().__init__(description=description, **options)
+        self.add_argument(
+            "--config",
+            action=_ReadBefore,
+            default=argparse.SUPPRESS,
+            metavar="FILE",
+            help="YAML or JSON of flags by their names without dashes; what the command line says wins.",
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        words = []
+        for word, after in zip(args, [*args[1:], ""], strict=True):
+            path = after if word == "--config" else word.removeprefix("--config=") if "--config=" in word[:9] else ""
+            # The last word ends a flag of several values, which would take positional ones for its own.
+            words += [*self._words(path), f"--config={path}"] if path else []
+        return super().parse_known_args(words + args, namespace)
+
+    def _words(self, path: str) -> list[str]:
+        """What a file says as words of a command line, each value checked by the rules of its flag."""
+        import yaml  # JSON is YAML
+
+        try:
+            root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(f"--config: {path} cannot be read ({' '.join(str(error).split())})") from error
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"--config: {path} holds no flags; write one a line, such as `resolution: 256`")
+        given = {str(name.value): node for name, node in root.value}
+        if isinstance(given.get("flags"), yaml.MappingNode):  # what --dry_run prints, or a checkpoint's state.json
+            given = {str(name.value): node for name, node in given["flags"].value}
+        known = {a.dest: a for a in self._actions if a.option_strings and a.dest not in ("help", "config")}
+        words = []
+        for name, node in given.items():
+            if name not in known:
+                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+                raise UserError(f"{path}: {name}: no such flag; the nearest is {nearest}")
+            try:
+                words += self._words_of_flag(known[name], node)
+            except argparse.ArgumentError as error:
+                raise UserError(f"{path}: {name}: {error.message}") from error
+        return words
+
+    def _words_of_flag(self, action: argparse.Action, node) -> list[str]:
+        """`node` is of YAML's tree, which has values as they are written: `no` may be a word, and 1e-4 is a number."""
+        several = node.id == "sequence"
+        values = [value.value for value in node.value] if several else [node.value]
+        if not all(isinstance(value, str) for value in values):
+            raise argparse.ArgumentError(action, "takes no mapping and no list of lists")
+        if node.tag.endswith(":null"):
+            return []  # a flag that is left out
+        is_switch = node.tag.endswith(":bool")
+        if action.nargs == 0 or (action.nargs == "?" and is_switch):
+            if not is_switch:
+                raise argparse.ArgumentError(action, "is a switch; give true or false")
+            on = node.value.lower() in ("true", "yes", "on")
+            return [flag for flag in action.option_strings if flag.startswith("--no-") != on]
+        if action.nargs is None and len(values) != 1:
+            raise argparse.ArgumentError(action, f"takes one value, not {len(values)}")
+        self._get_values(action, list(values))
+        flag = action.option_strings[0]
+        return [flag, *values] if several and len(values) != 1 else [f"{flag}={values[0]}"]
 
     def error(self, message: str):
         message = message.removeprefix("argument ")

@@ -224,7 +224,7 @@ def print_dry_run(plan: Plan) -> None:
         "prediction_type": plan.prediction_type,
         "disk_space": {"needed_bytes": plan.space_needed, "free_bytes": free_space(config.output_dir)},
     }
-    json.dump(described, sys.stdout, indent=2)
+    json.dump(described, sys.stdout, indent=2, ensure_ascii=False)
     print()
 
 

@@ -89,6 +89,7 @@ def run_updates(run: Run) -> dict:
                     validate(run, step)
                 if stopping:
                     run.checkpoints.wait()
+                    accelerator.wait_for_everyone()  # as in `finish`
                     raise KeyboardInterrupt
                 if saving or validating:
                     log.restart_clock()
