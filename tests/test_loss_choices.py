@@ -35,7 +35,7 @@ def test_a_schedule_without_signal_is_refused_with_epsilon_before_weights_load(b
     kind = {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
     base = with_scheduler(base_models["finetune"], tmp_path / "base", **kind)
     (base / UNET).write_bytes(b"unread")
-    with pytest.raises(UserError, match="rescale_betas_zero_snr.*epsilon") as caught:
+    with pytest.raises(UserError, match="predicts epsilon.* with rescale_betas_zero_snr") as caught:
         small_run(pretrained_model_name_or_path=base)
     assert "\n" not in str(caught.value)
 

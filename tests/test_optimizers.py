@@ -201,4 +201,4 @@ def test_checkpoints_of_before_there_was_a_choice_say_which_it_was():
 def test_prodigy_with_a_rate_of_adamw_is_remarked_on(caplog):
     config = configuration("prodigy", "--learning_rate=1e-4")
     preparation._say_what_is_unusual(config)
-    assert "--learning_rate: prodigy multiplies the step that it finds by 0.0001" in caplog.text
+    assert "--learning_rate: prodigy multiplies its own step by 0.0001" in caplog.text

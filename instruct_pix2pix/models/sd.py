@@ -153,8 +153,8 @@ def prediction_type(configs: dict) -> str:
         raise UserError(f"--pretrained_model_name_or_path: the scheduler's prediction_type {kind!r} is not supported")
     if kind == "epsilon" and configs["scheduler"].get("rescale_betas_zero_snr"):
         raise UserError(
-            "--pretrained_model_name_or_path: rescale_betas_zero_snr or --zero_terminal_snr with a base model that"
-            " predicts epsilon, which says nothing of the image where all is noise; use one that predicts v"
+            "--pretrained_model_name_or_path: it predicts epsilon, which says nothing of an image that is all noise;"
+            " with rescale_betas_zero_snr or --zero_terminal_snr use a base model that predicts v"
         )
     return kind
 

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import inspect
 import json
-import sys
 from collections.abc import Iterable
 
 import torch
@@ -59,7 +58,7 @@ def build(config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optim
         raise UserError(f"--optimizer: {name} cannot be imported ({first_line(error)}); {remedy}") from error
     takes = inspect.signature(found).parameters
     settings = {key: value for key, value in settings.items() if key in takes and (key != "eps" or "betas" in takes)}
-    with contextlib.redirect_stdout(sys.stderr):  # Prodigy prints
+    with contextlib.redirect_stdout(None):  # Prodigy prints
         optimizer = found(parameters, **settings, **SETTINGS.get(name, {}))
     if hasattr(optimizer, "train"):  # a schedule-free one, see ema.average_swapped_in
         optimizer.train()
@@ -74,23 +73,22 @@ def check(config) -> None:
     first, second = ({n: torch.nn.Parameter(torch.ones(s)) for n, s in shapes.items()} for _ in range(2))
     try:
         optimizer, resumed = build(config, first.values()), build(config, second.values())
-        if config.use_ema and hasattr(optimizer, "eval"):
-            raise UserError(f"--use_ema: {config.optimizer} keeps an average of its own; leave the flag out")
         _take_steps(optimizer, first)
         with average_swapped_in(None, optimizer):
-            pass
+            pass  # there is a way to it and back
         tensors, rest = flatten_optimizer(optimizer, first)
         restore_optimizer(resumed, second, {n: t.clone() for n, t in tensors.items()}, json.loads(json.dumps(rest)))
         for name, parameter in first.items():
             second[name].data.copy_(parameter.data)
         _take_steps(optimizer, first), _take_steps(resumed, second)
-        exact = all(torch.equal(first[name], second[name]) for name in first)
     except UserError:
         raise
     except Exception as error:  # each class has demands of its own
         raise UserError(f"--optimizer: {config.optimizer} fails ({first_line(error)}); choose another") from error
-    if not exact:
+    if not all(torch.equal(first[name], second[name]) for name in first):
         raise UserError(f"--optimizer: {config.optimizer} keeps more than a checkpoint holds; choose another")
+    if config.use_ema and hasattr(optimizer, "eval"):
+        raise UserError(f"--use_ema: {config.optimizer} keeps an average of its own; give --no-use_ema")
 
 
 def _take_steps(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> None:

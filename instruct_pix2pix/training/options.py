@@ -172,22 +172,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     weighting = loss.add_mutually_exclusive_group().add_argument
     weighting("--snr_gamma", type=float, help="Weight the loss by min-SNR with this gamma (5.0 in the paper).")
     weighting("--debiased_estimation_loss", action="store_true", help="Weight the loss of the noise by 1 / sqrt(SNR).")
-    add(
-        "--zero_terminal_snr",
-        action="store_true",
-        help="Let the noise schedule end without signal, in training and in the exported scheduler (Lin et al. 2023);"
-        " for base models that predict v. Where the base's schedule does so by itself, it stays so.",
-    )
+    add("--zero_terminal_snr", action="store_true", help="End the noise schedule without signal (v-prediction only).")
 
     optimizer = parser.add_argument_group("optimizer")
     add = optimizer.add_argument
-    add(
-        "--optimizer",
-        type=_optimizer_name,
-        default="adamw",
-        metavar="NAME",
-        help=f"{', '.join(OPTIMIZERS)}, or package.Class of an installed library (docs/optimizers.md).",
-    )
+    names = f"{', '.join(OPTIMIZERS)}, or package.Class of an installed library (docs/optimizers.md)."
+    add("--optimizer", type=_optimizer_name, default="adamw", metavar="NAME", help=names)
     add("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
     add("--scale_lr", action="store_true", help="Multiply it by processes x accumulation x batch size.")
     add("--lr_scheduler", default="constant", help=f"Learning rate schedule: {', '.join(LR_SCHEDULERS)}.")
@@ -204,7 +194,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     ema = parser.add_argument_group("exponential moving average")
     add = ema.add_argument
-    add("--use_ema", action="store_true", help="Keep an average of the UNet; validate with it and export it.")
+    on_or_off = argparse.BooleanOptionalAction
+    add("--use_ema", action=on_or_off, default=False, help="Keep an average of the UNet, to validate with and export.")
     add("--ema_decay", type=float, default=0.9999, help="Decay; warmed up as min((1 + t) / (10 + t), decay).")
     add("--offload_ema", action="store_true", help="Keep the average in CPU memory.")
 

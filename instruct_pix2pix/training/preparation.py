@@ -256,9 +256,8 @@ def _space_needed(config, configs: dict, first_step: int) -> int:
     """
     counts, left = sd.count_parameters(configs), config.max_train_steps - first_step
     adapted = 0 if config.lora_rank is None else adapters.count_trained(configs["unet"], config)
-    checkpoint = (adapted or counts["unet"]) * (
-        4 + optimizers.STATE_BYTES.get(config.optimizer, 8) + 4 * config.use_ema
-    )
+    state = optimizers.STATE_BYTES.get(config.optimizer, 8)
+    checkpoint = (adapted or counts["unet"]) * (4 + state + 4 * config.use_ema)
     # Of a run that goes on, some lie there already; a short run writes but one.
     most = 2 + (config.keep_best is not None) - len(checkpoints.list_checkpoints(Path(config.output_dir)))
     to_come = 0 if left <= 0 else max(1, min(most, math.ceil(left / config.checkpointing_steps)))
@@ -281,9 +280,7 @@ def _agree_on_seed(args, state: dict) -> int:
 
 def _say_what_is_unusual(config) -> None:
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
-        logger.warning(
-            "--learning_rate: prodigy multiplies the step that it finds by %g; usual is 1", config.learning_rate
-        )
+        logger.warning("--learning_rate: prodigy multiplies its own step by %g; usual is 1", config.learning_rate)
     if config.conditioning_dropout_prob == 0:
         logger.warning("--conditioning_dropout_prob 0: the model never learns to be guided, guidance will not work")
     if config.lr_scheduler != "constant" and 2 * config.lr_warmup_steps >= config.max_train_steps:
