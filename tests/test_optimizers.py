@@ -55,7 +55,7 @@ def test_a_resumed_run_goes_on_to_the_bit(name, small_run, tmp_path):
 
 
 def test_a_schedule_free_run_exports_its_average_not_the_weights_that_it_trains(small_run):
-    """By hand: x is where y comes from, y = (1 - beta1) z + beta1 x (Defazio et al. 2024, equation 3)."""
+    """By hand: x is where y comes from, y = (1 - beta1) z + beta1 x (Defazio et al. 2024)."""
     run = small_run(optimizer="schedulefree", max_train_steps=3)
     last = run / "checkpoint-3"
     exported, average = load_file(run / UNET), load_file(last / trained.EMA_FILE)

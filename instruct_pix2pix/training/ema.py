@@ -83,8 +83,8 @@ class EMA:
 @contextmanager
 def average_swapped_in(ema: EMA | None, optimizer: torch.optim.Optimizer):
     """Inside the `with` the model has the weights that are validated and exported: the moving average's; with a
-    schedule-free optimizer, which has an eval(), its average x instead of y, where gradients are taken (Defazio et al.
-    2024, equations 3 to 5); else its own."""
+    schedule-free optimizer, which has an eval(), its average x in place of y, where gradients are taken (Defazio et al.
+    2024: y = (1 - beta1) z + beta1 x, z the steps' own sequence); else its own."""
     if ema is not None:
         with ema.swapped_in():
             yield
