@@ -19,7 +19,7 @@ SETTINGS = {
     "prodigy": {"use_bias_correction": True, "safeguard_warmup": True},
 }
 # Bytes of state for each trained number, where it is not two moments; with a schedule-free optimizer's average.
-STATE_BYTES = {"adamw8bit": 2.1, "schedulefree": 12, "prodigy": 16}
+STATE_BYTES = {"adamw8bit": 2.1, "adafactor": 2.2, "schedulefree": 12, "prodigy": 16}
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
