@@ -280,7 +280,11 @@ def _write_pipeline(folder: Path, config, unet) -> None:
     unet_config.pop("_name_or_path", None)  # where this run took it from: the base model or a checkpoint
     write_json(folder / "unet/config.json", hide_paths(unet_config))
 
-    scheduler_config = json.loads((folder / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
+    scheduler_file = folder / "scheduler/scheduler_config.json"
+    base_config = json.loads(scheduler_file.read_text(encoding="utf-8"))
+    scheduler_config = sd.with_zero_terminal_snr(base_config, config.zero_terminal_snr)
+    if scheduler_config != base_config:
+        write_json(scheduler_file, scheduler_config)
     write_json(
         folder / INDEX_FILE,
         {

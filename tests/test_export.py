@@ -33,6 +33,7 @@ def export(base, output_dir, unet=None, **changes):
         "variant": None,
         "base_config": None,
         "lora_rank": None,
+        "zero_terminal_snr": False,
         "cache_dir": None,
         "dataset_name": None,
         "train_data_dir": "pairs",

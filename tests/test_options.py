@@ -18,14 +18,15 @@ FLAGS = """
     num_validation_images validation_epochs validation_steps max_train_samples output_dir cache_dir seed
     resolution center_crop random_flip train_batch_size num_train_epochs max_train_steps
     gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps
-    conditioning_dropout_prob snr_gamma use_8bit_adam allow_tf32 use_ema ema_decay offload_ema non_ema_revision
+    conditioning_dropout_prob snr_gamma optimizer allow_tf32 use_ema ema_decay offload_ema non_ema_revision
     dataloader_num_workers adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm
     push_to_hub hub_token hub_model_id hub_private_repo logging_dir mixed_precision report_to local_rank
     checkpointing_steps checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention
     image_geometry cache_latents cached_crops max_micro_batch_size compile dry_run lr_num_cycles lr_power
     guidance_scale image_guidance_scale max_image_pixels original_dir edited_dir instruction split validation_split
     on_bad_row check_rows validation_dataset max_validation_samples keep_best tracker_project_name run_name
-    wandb_entity tags hub_strategy lora_rank lora_alpha use_dora
+    wandb_entity tags hub_strategy lora_rank lora_alpha use_dora loss_type huber_delta debiased_estimation_loss
+    zero_terminal_snr
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {

@@ -52,7 +52,8 @@ def test_merged_and_split_micro_batches_train_what_the_given_ones_do(small_run):
 def test_the_largest_micro_batch_that_fits_is_found_and_leaves_no_gradient():
     unet = torch.nn.Linear(3, 3)
     optimizer = types.SimpleNamespace(optimizer=torch.optim.AdamW(unet.parameters()))
-    config, accelerator = types.SimpleNamespace(max_grad_norm=1.0), Accelerator(cpu=True)
+    config = types.SimpleNamespace(max_grad_norm=1.0, loss_type="mse", optimizer="adamw")
+    accelerator = Accelerator(cpu=True)
     tried, made = [], []
 
     class Greedy(speed.Update):

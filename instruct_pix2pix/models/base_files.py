@@ -37,6 +37,7 @@ SINGLE_FILE_PARTS = {
 def configuration(name: str, base_config: str | None = None) -> SimpleNamespace:
     """Flags that name a base model, and what a single file goes by, and nothing else."""
     left_out = dict.fromkeys(("revision", "non_ema_revision", "variant", "cache_dir", "hub_token", "lora_rank"))
+    left_out["zero_terminal_snr"] = False
     return SimpleNamespace(pretrained_model_name_or_path=name, base_config=base_config, **left_out)
 
 

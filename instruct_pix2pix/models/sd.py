@@ -4,6 +4,7 @@
 """
 
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -67,6 +68,7 @@ def read_base_configs(config) -> dict[str, dict]:
     for folder, cls in classes.items():
         with base_files.explained(config, folder):
             configs[folder] = dict(cls.load_config(source, subfolder=folder, **base_files.where(config, folder)))
+    configs["scheduler"] = with_zero_terminal_snr(configs["scheduler"], config.zero_terminal_snr)
     with base_files.explained(config, "text_encoder"):
         text = CLIPTextConfig.from_pretrained(
             source, subfolder="text_encoder", **base_files.where(config, "text_encoder")
@@ -149,7 +151,25 @@ def prediction_type(configs: dict) -> str:
     kind = configs["scheduler"].get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"--pretrained_model_name_or_path: the scheduler's prediction_type {kind!r} is not supported")
+    if kind == "epsilon" and configs["scheduler"].get("rescale_betas_zero_snr"):
+        raise UserError(
+            "--pretrained_model_name_or_path: it predicts epsilon, which says nothing of an image that is all noise;"
+            " with rescale_betas_zero_snr or --zero_terminal_snr use a base model that predicts v"
+        )
     return kind
+
+
+def with_zero_terminal_snr(scheduler_config: dict, wanted: bool) -> dict:
+    """A scheduler's configuration with a schedule that ends without signal and steps that start from its end (Lin et
+    al. 2023, sections 3.1 and 3.3), where `wanted` or where it has such a schedule itself; else as it is. A kind of
+    scheduler that has none gives way to DDIM."""
+    if not (wanted or scheduler_config.get("rescale_betas_zero_snr")):
+        return scheduler_config
+    kind = scheduler_class(scheduler_config)
+    if "rescale_betas_zero_snr" not in inspect.signature(getattr(diffusers, kind)).parameters:
+        kind = "DDIMScheduler"
+    ending = {"_class_name": kind, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return {"clip_sample": False} | scheduler_config | ending
 
 
 # ---- loading

@@ -5,7 +5,7 @@ Training waits only for a copy of the tensors in the host's memory; a thread wri
 checkpoint-<step>/
     unet/                    diffusers folder, float32, without the path that the weights came from
     adapter.safetensors      instead of the UNet's weights, with --lora_rank: what is trained, by parameter name
-    ema.safetensors          the average's tensors, by parameter name (with --use_ema)
+    ema.safetensors          the average's tensors, by parameter name (with --use_ema, or a schedule-free optimizer)
     optimizer.safetensors    the optimizer's tensors, "<parameter>/<state>"
     state.json               step, samples seen, seed, loss scaler, flags, the rest of the optimizer's state, what a
                              validation for --keep_best found, and the size of every file
@@ -30,11 +30,12 @@ from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import flush, flush_tree, free_space, in_megabytes, write_json
 from instruct_pix2pix.models import adapters
 from instruct_pix2pix.models.trained import ADAPTER_FILE, EMA_FILE, STATE_FILE, UNET_FILE, damage, read_state
-from instruct_pix2pix.training.ema import EMA
+from instruct_pix2pix.training.ema import EMA, average_swapped_in
 from instruct_pix2pix.training.options import KEEP_BEST
 
 logger = logging.getLogger(__name__)
 
+GROUPS = "param_groups"  # in state.json's "optimizer", beside "<parameter>/<state>"
 SHARE_OF_MEMORY = 0.8  # of the free memory, that the copy of a checkpoint may take
 
 
@@ -104,7 +105,7 @@ class Writer:
         """
         self.wait()
         parameters = adapters.trained_parameters(unet)
-        optimizer_tensors, rest = _flatten_optimizer(optimizer, parameters)
+        optimizer_tensors, rest = flatten_optimizer(optimizer, parameters)
         tensors = {UNET_FILE: unet.state_dict()}
         if adapters.is_attached(unet):
             tensors = {ADAPTER_FILE: {name: parameter.detach() for name, parameter in parameters.items()}}
@@ -113,6 +114,9 @@ class Writer:
         if ema is not None:
             tensors[EMA_FILE] = dict(zip(parameters, ema.shadow, strict=True))
             state["ema_updates"] = ema.updates
+        elif hasattr(optimizer, "eval"):
+            with average_swapped_in(None, optimizer):
+                tensors[EMA_FILE] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         copied = size < SHARE_OF_MEMORY * available_memory()
         if copied:
@@ -278,17 +282,18 @@ def load_training_state(
     elif ema is not None:
         logger.warning("%s has no EMA; the average starts from its weights", checkpoint)
     stored = load_file(Path(checkpoint) / "optimizer.safetensors")
-    _restore_optimizer(optimizer, parameters, stored, state["optimizer"])
+    restore_optimizer(optimizer, parameters, stored, state["optimizer"])
     return state
 
 
-def _flatten_optimizer(
+def flatten_optimizer(
     optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]
 ) -> tuple[dict[str, torch.Tensor], dict]:
     """Optimizer state as tensors named "<parameter>/<state>" and the JSON rest, so that nothing is pickled.
 
     A tensor that parameters share (bitsandbytes' quantisation maps) is there once; the rest names it for the others:
     {"same_as": name}. Read from `state`: in bitsandbytes' state_dict() tensors are nested in a dict of their own.
+    What training has changed in a group (Prodigy's d, a schedule-free optimizer's weight_sum) is in rest[GROUPS].
     """
     tensors, rest, first_names = {}, {}, {}
     for parameter_name, parameter in parameters.items():
@@ -300,20 +305,26 @@ def _flatten_optimizer(
                 tensors[name] = value
             else:
                 rest[name] = {"same_as": first_names[id(value)]}
-    return tensors, rest
+    defaults = optimizer.defaults
+    changed = [
+        {k: v for k, v in g.items() if k in defaults and k != "lr" and v != defaults[k]} for g in optimizer.param_groups
+    ]
+    return tensors, rest | ({GROUPS: changed} if any(changed) else {})
 
 
-def _restore_optimizer(
+def restore_optimizer(
     optimizer: torch.optim.Optimizer,
     parameters: dict[str, torch.nn.Parameter],
     tensors: dict[str, torch.Tensor],
     rest: dict,
 ) -> None:
-    """What _flatten_optimizer gave, on the parameters' device; what was shared is shared again."""
+    """What flatten_optimizer gave, on the parameters' device; what was shared is shared again."""
     in_order = [p for group in optimizer.param_groups for p in group["params"]]
     places = {parameter: index for index, parameter in enumerate(in_order)}
-    placed, state = {}, {}
-    for name, value in {**tensors, **rest}.items():  # tensors first: the rest refers to them
+    placed, state, groups = {}, {}, optimizer.state_dict()["param_groups"]
+    stored = {**tensors, **rest}  # tensors first: the rest refers to them
+    changed = stored.pop(GROUPS, [{}] * len(groups))
+    for name, value in stored.items():
         parameter_name, key = name.rsplit("/", 1)
         parameter = parameters[parameter_name]
         if torch.is_tensor(value):
@@ -323,5 +334,6 @@ def _restore_optimizer(
         elif isinstance(value, dict):
             value = placed[value["same_as"]]
         state.setdefault(places[parameter], {})[key] = value
-    # The groups stay the flags' of this run: a changed learning rate is meant.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    # Else the groups stay the flags' of this run: a changed learning rate is meant.
+    groups = [group | kept for group, kept in zip(groups, changed, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

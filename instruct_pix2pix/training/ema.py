@@ -1,4 +1,4 @@
-"""Exponential moving average of the UNet's weights."""
+"""Averages of the UNet's weights: the exponential moving one, and that of schedule-free optimizers."""
 
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -78,3 +78,25 @@ class EMA:
         finally:
             for p, o in zip(self.live, own, strict=True):
                 p.data = o
+
+
+@contextmanager
+def average_swapped_in(ema: EMA | None, optimizer: torch.optim.Optimizer):
+    """Inside the `with` the model has the weights that are validated and exported: the moving average's; with a
+    schedule-free optimizer, which has an eval(), its average x in place of y, where gradients are taken (Defazio et al.
+    2024: y = (1 - beta1) z + beta1 x, z the steps' own sequence); else its own."""
+    if ema is not None:
+        with ema.swapped_in():
+            yield
+    elif hasattr(optimizer, "eval"):
+        live = [p for group in optimizer.param_groups for p in group["params"]]
+        own = [p.detach().clone() for p in live]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                torch._foreach_copy_(live, own)  # to the bit: on its way there and back the optimizer rounds
+    else:
+        yield

@@ -8,7 +8,7 @@ from instruct_pix2pix.data.order import window_positions
 from instruct_pix2pix.data.triples import TripleDataset, collate, to_unit_range
 from instruct_pix2pix.models import sd
 from instruct_pix2pix.training.conditioning import drop_conditioning
-from instruct_pix2pix.training.loss import add_noise, min_snr_weights, prediction_target
+from instruct_pix2pix.training.loss import add_noise, debiased_weights, min_snr_weights, prediction_target
 from instruct_pix2pix.training.stopping import leave_stopping_to_the_trainer
 
 
@@ -84,10 +84,11 @@ class WindowEncoder:
         text, image_latents = drop_conditioning(
             text, image_latents, self.null_embedding, moved["dropout"], config.conditioning_dropout_prob
         )
-        weights = torch.ones_like(moved["dropout"])
+        weights, schedule = torch.ones_like(moved["dropout"]), (moved["timesteps"], self.alphas_cumprod)
         if config.snr_gamma:
-            schedule = (moved["timesteps"], self.alphas_cumprod)
             weights = min_snr_weights(*schedule, config.snr_gamma, self.prediction_type)
+        elif config.debiased_estimation_loss:
+            weights = debiased_weights(*schedule, self.prediction_type)
         inputs = self.add_noise(text, image_latents, latents, moved["noise"], moved["timesteps"])
         return inputs | {"weights": weights}
 

@@ -46,14 +46,35 @@ def min_snr_weights(
     return clipped * (1 - alpha) if prediction_type == "v_prediction" else clipped * (1 - alpha) / alpha
 
 
+def debiased_weights(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, prediction_type: str) -> torch.Tensor:
+    """Debiased estimation (Yu et al. 2023, arXiv:2310.08442), (B,) float32: 1 / sqrt(SNR) on the error of the noise.
+
+    The error of v is that of the noise times (SNR + 1) / SNR, so that for v the same loss has sqrt(SNR) / (SNR + 1).
+    """
+    alpha = alphas_cumprod.float()[timesteps]
+    weights = (alpha * (1 - alpha)).sqrt()  # sqrt(SNR) / (SNR + 1), which stays finite where SNR is 0: it is 0 there
+    return weights if prediction_type == "v_prediction" else weights / alpha
+
+
 def diffusion_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error in float32, a scalar; `weights` (B,) multiply each sample's mean."""
     return sample_losses(prediction, target, weights).mean()
 
 
-def sample_losses(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """The same for each of the B samples, (B,)."""
-    error = F.mse_loss(prediction.float(), target.float(), reduction="none").mean(dim=(1, 2, 3))
+def sample_losses(
+    prediction: torch.Tensor,
+    target: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    huber_delta: float | None = None,
+) -> torch.Tensor:
+    """The same for each of the B samples, (B,). With `huber_delta` twice Huber's function in place of the square (Huber
+    1964): error^2 up to delta, and 2 delta |error| - delta^2 beyond it."""
+    pair = (prediction.float(), target.float())
+    if huber_delta is None:
+        error = F.mse_loss(*pair, reduction="none")
+    else:
+        error = 2 * F.huber_loss(*pair, reduction="none", delta=huber_delta)
+    error = error.mean(dim=(1, 2, 3))
     return error if weights is None else error * weights
 
 

@@ -24,6 +24,14 @@ LR_SCHEDULERS = (
 )
 TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 HUB_STRATEGIES = ("end", "every_save", "checkpoint", "all_checkpoints")
+OPTIMIZERS = {  # short names, and where the classes are
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "adafactor": "transformers.Adafactor",
+    "muon": "torch.optim.Muon",
+    "prodigy": "prodigyopt.Prodigy",
+    "schedulefree": "schedulefree.AdamWScheduleFree",
+}
 KEEP_BEST = {"loss": "lower", "psnr": "higher", "ssim": "higher"}  # which values of a validation are better
 
 
@@ -41,6 +49,13 @@ class _OneOrMore(argparse.Action):
 def as_list(value: str | list[str] | None) -> list[str]:
     """The values of a flag that takes one or more."""
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _optimizer_name(text: str) -> str:
+    """An argparse type: a key of OPTIMIZERS, if need be for the class that was named, or any other package.Class."""
+    if text not in OPTIMIZERS and "." not in text.strip("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; give {', '.join(OPTIMIZERS)}, or package.Class")
+    return next((name for name, path in OPTIMIZERS.items() if path == text), text)
 
 
 _size_or_auto.__name__ = "number or auto"  # argparse names it in its error: invalid number or auto value
@@ -158,18 +173,29 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="Probability of dropping the instruction only, the image only, and both, each"
         " (InstructPix2Pix, section 3.2.1). 0 trains a model that cannot be guided.",
     )
-    add("--snr_gamma", type=float, help="Weight the loss by min-SNR with this gamma (5.0 in the paper).")
+
+    loss = parser.add_argument_group("loss and noise")
+    add = loss.add_argument
+    add("--loss_type", choices=("mse", "huber"), default="mse", help="Squared error, or Huber's function of the error.")
+    add("--huber_delta", type=float, default=0.1, help="Error from which on Huber's function grows linearly.")
+    weighting = loss.add_mutually_exclusive_group().add_argument
+    weighting("--snr_gamma", type=float, help="Weight the loss by min-SNR with this gamma (5.0 in the paper).")
+    weighting("--debiased_estimation_loss", action="store_true", help="Weight the loss of the noise by 1 / sqrt(SNR).")
+    add("--zero_terminal_snr", action="store_true", help="End the noise schedule without signal (v-prediction only).")
 
     optimizer = parser.add_argument_group("optimizer")
     add = optimizer.add_argument
+    names = f"{', '.join(OPTIMIZERS)}, or package.Class of an installed library (docs/optimizers.md)."
+    add("--optimizer", type=_optimizer_name, default="adamw", metavar="NAME", help=names)
     add("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
     add("--scale_lr", action="store_true", help="Multiply it by processes x accumulation x batch size.")
     add("--lr_scheduler", default="constant", help=f"Learning rate schedule: {', '.join(LR_SCHEDULERS)}.")
     add("--lr_warmup_steps", type=int, default=500, help="Warm-up updates, for the schedules that have one.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of the cosine_with_restarts schedule, plus one.")
     add("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule; 1 is linear.")
-    add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes).")
-    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1.")
+    eight_bit = {"action": "store_const", "const": "adamw8bit", "dest": "optimizer"}
+    add("--use_8bit_adam", **eight_bit, help="AdamW with 8-bit state (bitsandbytes): --optimizer adamw8bit.")
+    add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1, and of others that have it; so the next ones.")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2.")
     add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay.")
     add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
@@ -177,7 +203,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     ema = parser.add_argument_group("exponential moving average")
     add = ema.add_argument
-    add("--use_ema", action="store_true", help="Keep an average of the UNet; validate with it and export it.")
+    on_or_off = argparse.BooleanOptionalAction
+    add("--use_ema", action=on_or_off, default=False, help="Keep an average of the UNet, to validate with and export.")
     add("--ema_decay", type=float, default=0.9999, help="Decay; warmed up as min((1 + t) / (10 + t), decay).")
     add("--offload_ema", action="store_true", help="Keep the average in CPU memory.")
 
@@ -315,7 +342,16 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 0:
             raise UserError(f"--{name}: {value} is negative; give 0 or more")
-    for name in ("learning_rate", "max_grad_norm", "adam_epsilon", "snr_gamma", "lr_power", "lora_alpha"):
+    above_zero = (
+        "learning_rate",
+        "max_grad_norm",
+        "adam_epsilon",
+        "snr_gamma",
+        "lr_power",
+        "lora_alpha",
+        "huber_delta",
+    )
+    for name in above_zero:
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UserError(f"--{name}: {value} is out of range; give a number above 0")

@@ -25,7 +25,7 @@ from instruct_pix2pix.files import check_folder, free_space
 from instruct_pix2pix.models import adapters, sd
 from instruct_pix2pix.models.trained import damage
 from instruct_pix2pix.training import checkpoint as checkpoints
-from instruct_pix2pix.training import step
+from instruct_pix2pix.training import optimizers, step
 from instruct_pix2pix.training.config import Config, resolve, resolved
 from instruct_pix2pix.training.ema import EMA
 from instruct_pix2pix.training.inputs import WindowEncoder, WindowLoader
@@ -169,6 +169,7 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
         geometry = args.image_geometry
         triples = load_triples(source, seed, args.max_train_samples, accelerator.is_local_main_process, geometry)
     config = resolve(args, accelerator, seed, rows=len(triples))
+    optimizers.check(config)
     _say_what_is_unusual(config)
     if checkpoint is not None:
         _say_what_changed(config, state)
@@ -256,12 +257,12 @@ def _space_needed(config, configs: dict, first_step: int) -> int:
     """Bytes for two checkpoints, of which one makes room for the next, the best where it is kept, and the pipeline;
     none where all is done.
 
-    float32: what is trained, AdamW's two moments (of 8 bits with --use_8bit_adam), the average; the pipeline's models.
+    float32: what is trained, the optimizer's state, the average; the pipeline's models.
     """
     counts, left = sd.count_parameters(configs), config.max_train_steps - first_step
-    moments = 2.1 if config.use_8bit_adam else 8  # with the scales of 256 values each
     adapted = 0 if config.lora_rank is None else adapters.count_trained(configs["unet"], config)
-    checkpoint = (adapted or counts["unet"]) * (4 + moments + 4 * config.use_ema)
+    state = optimizers.STATE_BYTES.get(config.optimizer, 8)
+    checkpoint = (adapted or counts["unet"]) * (4 + state + 4 * config.use_ema)
     # Of a run that goes on, some lie there already; a short run writes but one.
     most = 2 + (config.keep_best is not None) - len(checkpoints.list_checkpoints(Path(config.output_dir)))
     to_come = 0 if left <= 0 else max(1, min(most, math.ceil(left / config.checkpointing_steps)))
@@ -283,6 +284,8 @@ def _agree_on_seed(args, state: dict) -> int:
 
 
 def _say_what_is_unusual(config) -> None:
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        logger.warning("--learning_rate: prodigy multiplies its own step by %g; usual is 1", config.learning_rate)
     if config.conditioning_dropout_prob == 0:
         logger.warning("--conditioning_dropout_prob 0: the model never learns to be guided, guidance will not work")
     if config.lr_scheduler != "constant" and 2 * config.lr_warmup_steps >= config.max_train_steps:
@@ -299,7 +302,8 @@ def _say_what_changed(config, state: dict) -> None:
     harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best", "stream_cache_gb"}
     harmless |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
     now, then = resolved(config), state["flags"]
-    for name in ("use_8bit_adam", "lora_rank", "lora_alpha", "use_dora"):  # which tensors there are, and of what kind
+    then = {"optimizer": "adamw8bit" if then.get("use_8bit_adam") else "adamw"} | then  # of before there was a choice
+    for name in ("optimizer", "lora_rank", "lora_alpha", "use_dora"):  # which tensors there are, and of what kind
         if (before := then.get(name) or None) != (now[name] or None):
             made = {None: "without it", True: "with it"}.get(before, f"with {before}")
             raise UserError(f"--{name}: the checkpoint was made {made}; give the flag as it was")
@@ -361,11 +365,11 @@ def build(plan: Plan) -> Run:
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     unet.train()
-    if config.compile and on_gpu and not config.use_8bit_adam:  # which lays the weights out anew by itself
+    if config.compile and on_gpu and config.optimizer != "adamw8bit":  # which lays the weights out anew by itself
         unet.to(memory_format=torch.channels_last)  # slower on a CPU
     if config.compile and on_gpu:
         torch.backends.cudnn.benchmark = True  # shapes never change
-    optimizer = _build_optimizer(config, unet)
+    optimizer = optimizers.build(config, adapters.trained_parameters(unet).values())
     schedule = get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -408,20 +412,3 @@ def build(plan: Plan) -> Run:
         checkpoints=checkpoints.Writer(),
         pushes=hub.Pushes(config, plan.repo_id) if plan.repo_id else None,
     )
-
-
-def _build_optimizer(config, unet) -> torch.optim.Optimizer:
-    parameters = adapters.trained_parameters(unet).values()
-    settings = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "weight_decay": config.adam_weight_decay,
-        "eps": config.adam_epsilon,
-    }
-    if config.use_8bit_adam:
-        try:
-            import bitsandbytes
-        except ImportError as error:
-            raise UserError("--use_8bit_adam: bitsandbytes is missing; pip install -r requirements-gpu.txt") from error
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)

@@ -13,6 +13,7 @@ import torch
 from instruct_pix2pix.cli import MemoryShortage, first_line
 from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.models import adapters
+from instruct_pix2pix.training import optimizers
 from instruct_pix2pix.training.loss import sample_losses
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ class Update:
         self.accelerator, self.model, self.optimizer, self.ema = accelerator, model, optimizer, ema
         self.micro_batch_size, self.max_grad_norm = micro_batch_size, config.max_grad_norm
         self.parameters = list(adapters.trained_parameters(model).values())
+        self.huber_delta = config.huber_delta if config.loss_type == "huber" else None
+        self.state_bytes = optimizers.STATE_BYTES.get(config.optimizer, 8)  # of the optimizer, for each trained number
 
     def run(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, ...]:
         """One update; returns the mean loss of the window, the gradient's norm before clipping, and the losses (W,) of
@@ -52,7 +55,7 @@ class Update:
             exchange = synchronise and number == len(micro_batches)
             with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model):
                 prediction = self.model(noisy, timesteps, text, return_dict=False)[0]
-                losses = sample_losses(prediction, target, weights)
+                losses = sample_losses(prediction, target, weights, self.huber_delta)
                 loss = losses.mean() / len(micro_batches)
                 self.accelerator.backward(loss)
             window_loss += loss.detach()
@@ -64,7 +67,7 @@ class Update:
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         inner = self.optimizer.optimizer
-        if isinstance(inner, torch.optim.AdamW):
+        if type(inner) is torch.optim.AdamW:
             # Fused AdamW divides by `grad_scale` while it reads the gradients, which saves a pass over them.
             inner.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         else:
@@ -100,7 +103,7 @@ class CompiledUpdate(Update):
         self.model = torch.compile(model)
         self.fused = None
         inner = optimizer.optimizer
-        if isinstance(inner, torch.optim.AdamW) and accelerator.scaler is None and not config.offload_ema:
+        if type(inner) is torch.optim.AdamW and accelerator.scaler is None and not config.offload_ema:
             (group,) = inner.param_groups
             self.constants = {name: group[name] for name in ("betas", "eps", "weight_decay")}
             self.fused = torch.compile(clip_step_average)
@@ -239,8 +242,7 @@ def _reserve(update: Update) -> int:
     if update.accelerator.device.type == "cuda":
         reserve = int(ROOM_BESIDE * torch.cuda.get_device_properties(update.accelerator.device).total_memory)
     if not update.optimizer.optimizer.state:
-        bytes_a_number = 8 if isinstance(update.optimizer.optimizer, torch.optim.AdamW) else 2  # two moments
-        reserve += bytes_a_number * sum(p.numel() for p in update.parameters)
+        reserve += int(update.state_bytes * sum(p.numel() for p in update.parameters))
     return reserve
 
 
@@ -258,7 +260,7 @@ def memory_shortage(config) -> MemoryShortage:
         "--mixed_precision bf16": config.mixed_precision == "no",
         "--cache_latents": not config.cache_latents,
         "--offload_ema": config.use_ema and not config.offload_ema,
-        "--use_8bit_adam": not config.use_8bit_adam,
+        "--use_8bit_adam": config.optimizer == "adamw",
     }
     remedies = [flag for flag, unused in helps.items() if unused] or ["a smaller --resolution"]
     return MemoryShortage(

@@ -1,6 +1,5 @@
 """The training loop: for every update fetch, encode and noise, predict, loss, backward, step, EMA."""
 
-import contextlib
 import logging
 import shlex
 import time
@@ -16,6 +15,7 @@ from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
+from instruct_pix2pix.training.ema import average_swapped_in
 from instruct_pix2pix.training.log import LOG_EVERY, Log, set_up_logging, start_trackers, write_skipped
 from instruct_pix2pix.training.preparation import Run, build, check, print_dry_run, start_accelerator
 from instruct_pix2pix.training.stopping import StopRequest
@@ -175,7 +175,7 @@ def finish(run: Run, summary: dict) -> None:
     if config.keep_best is None or run.first_step == config.max_train_steps:  # else its last checkpoint was validated
         validate(run, config.max_train_steps)
     if accelerator.is_main_process:
-        with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
+        with average_swapped_in(run.ema, run.optimizer):
             prompt = config.validation_prompt
             instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction
             publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)

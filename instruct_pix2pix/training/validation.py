@@ -1,7 +1,6 @@
 """Hold a model against rows that it is not trained on, and show its edits, with the weights that would be exported."""
 
 import argparse
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from instruct_pix2pix.evidence import PICTURES, validation_picture
 from instruct_pix2pix.files import write_bytes
 from instruct_pix2pix.images import BadImage, contact_sheet, encode_image, is_url, read_image
 from instruct_pix2pix.models.sd import build_pipeline
+from instruct_pix2pix.training.ema import average_swapped_in
 from instruct_pix2pix.training.log import Lines, log_pictures
 from instruct_pix2pix.training.loss import BANDS, sample_losses
 from instruct_pix2pix.training.options import as_list
@@ -173,7 +173,7 @@ def validate(run, step: int, only_missing: bool = False) -> dict[str, float]:
         rested = [model.device for model in frozen]
         was_training = run.unet.training
         try:
-            with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
+            with average_swapped_in(run.ema, run.optimizer):
                 for model in frozen:
                     model.to(run.accelerator.device)
                 run.unet.eval()
