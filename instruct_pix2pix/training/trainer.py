@@ -1,6 +1,5 @@
 """The training loop: for every update fetch, encode and noise, predict, loss, backward, step, EMA."""
 
-import contextlib
 import logging
 import shlex
 import time
@@ -13,6 +12,7 @@ from instruct_pix2pix import evidence, publishing
 from instruct_pix2pix.cli import RowError
 from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
+from instruct_pix2pix.training import sharding
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
 from instruct_pix2pix.training.log import LOG_EVERY, Log, set_up_logging, start_trackers, write_skipped
@@ -116,13 +116,13 @@ def run_updates(run: Run) -> dict:
 
 def save(run: Run, step: int, sound: bool, found: dict[str, float]) -> None:
     """A checkpoint, with every process at the same update: replicas are equal, so the main one keeps a copy and writes
-    it in the background, with what a validation has `found`. Weights that are not `sound` must not take a good
+    it in the background, all processes having given their pieces of what is sharded, with what a validation has `found`. Weights that are not `sound` must not take a good
     checkpoint's place."""
     run.accelerator.wait_for_everyone()
     write_skipped(run)
     if not sound:
         logger.warning("no checkpoint-%d: the loss or the gradient of update %d is not finite", step, step)
-    elif run.accelerator.is_main_process:
+    elif run.accelerator.is_main_process or sharding.is_sharded(run.unet):
         write_checkpoint(run, step, found)
     run.accelerator.wait_for_everyone()
 
@@ -149,6 +149,8 @@ def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
 def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
     """A row that cannot be used, or memory that ran out, is for the user to mend; the work until then is kept."""
     done = log.last_step
+    if sharding.is_sharded(run.unet):  # one process alone has only its pieces
+        return
     if run.accelerator.is_main_process and done > run.first_step:
         log.flush(gather=False)
         write_skipped(run, gather=False)
@@ -166,11 +168,12 @@ def finish(run: Run, summary: dict) -> None:
     pushed = True
     if config.keep_best is None or run.first_step == config.max_train_steps:  # else its last checkpoint was validated
         validate(run, config.max_train_steps)
-    if accelerator.is_main_process:
-        with run.ema.swapped_in() if run.ema is not None else contextlib.nullcontext():
+    with sharding.unet_to_export(run) as unet:
+        if accelerator.is_main_process:
             prompt = config.validation_prompt
             instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction()
-            publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
+            publishing.export(config, resolved(config), unet, summary, run.repo_id, instruction)
+    if accelerator.is_main_process:
         write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)
     best = checkpoints.best_checkpoint(Path(config.output_dir), config.keep_best)
