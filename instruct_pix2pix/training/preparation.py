@@ -145,6 +145,14 @@ def start_accelerator(args) -> Accelerator:
             f"WORLD_SIZE: {started} processes were started, but accelerate joins {accelerator.num_processes} of them;"
             " they would overwrite each other's files. Start one, or set up accelerate for several (accelerate config)"
         )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # They read what the processes before them left in the launcher's store: pytorch/pytorch#167288.
+        logger.warning(
+            "--max-restarts: %d; processes that are started again may not find each other; set"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and with accelerate launch give --rdzv_backend c10d",
+            restarts,
+        )
     return accelerator
 
 

@@ -1,7 +1,7 @@
 """FSDP2: each process holds a piece of every tensor, a DTensor. Here they are made whole, and whole ones cut.
 
-What leaves the training (checkpoints, pictures, the pipeline) is whole, so a run may go on with any number of processes,
-sharded or not, and every tool reads it.
+What leaves the training (checkpoints, pictures, the pipeline) is whole, so a run may go on with any number of
+processes, sharded or not, and every tool reads it.
 """
 
 import os
@@ -26,17 +26,18 @@ def plugin(args, precision: str) -> FullyShardedDataParallelPlugin | None:
     sharded. `precision` is no, fp16 or bf16."""
     if str_to_bool(os.environ.get("ACCELERATE_USE_DEEPSPEED", "false")):
         raise UserError(
-            "accelerate's distributed type DEEPSPEED is not supported; FSDP2 shards what ZeRO-2 and ZeRO-3 do: accelerate"
-            f" launch --config_file {CONFIGURATION}"
+            "accelerate's distributed type DEEPSPEED is not supported; FSDP2 shards what ZeRO-2 and ZeRO-3 do:"
+            f" accelerate launch --config_file {CONFIGURATION}"
         )
     if not str_to_bool(os.environ.get("ACCELERATE_USE_FSDP", "false")):
         return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":  # accelerate's default
+        raise UserError(f"fsdp_version: 1 is not supported; use 2, as {CONFIGURATION} does")
     # Gradients are added up in float32 over the processes, as they are without sharding.
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bf16" else None
     # Every process reads the weights: to leave that to one would empty the text encoder on the others.
     made = FullyShardedDataParallelPlugin(mixed_precision_policy=policy, cpu_ram_efficient_loading=False)
     refused = {
-        f"fsdp_version: 1 is not supported; use 2, as {CONFIGURATION} does": made.fsdp_version != 2,
         "fsdp_offload_params: true is not supported; use false": isinstance(made.cpu_offload, CPUOffloadPolicy),
         "fsdp_activation_checkpointing: true is not supported; use --gradient_checkpointing": (
             made.activation_checkpointing

@@ -45,8 +45,8 @@ class Update:
         """Predict, compare, and add up gradients, one micro-batch after another; returns the window's mean loss and the
         losses of its samples.
 
-        Processes exchange gradients in the last backward pass, unless `synchronise` is off. Of a sharded UNet they do in
-        every pass: whole gradients would take what sharding saves.
+        Processes exchange gradients in the last backward pass, unless `synchronise` is off. Of a sharded UNet they do
+        in every pass: whole gradients would take the memory that sharding saves.
         """
         micro_batches = list(zip(*(tensor.split(self.micro_batch_size) for tensor in inputs.values()), strict=True))
         window_loss, window_losses = torch.zeros((), device=self.accelerator.device), []

@@ -61,6 +61,7 @@ def run_updates(run: Run) -> dict:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # of the updates, not of what was tried before them
     where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    where += ", sharded" if sharding.is_sharded(run.unet) else ""
     logger.info("training %d updates of %d images, %s", last - run.first_step, run.images_per_update, where)
     if run.first_step > 0 and validation_is_due(run, run.first_step):
         validate(run, run.first_step, only_missing=True)  # the run before may have ended between checkpoint and picture
@@ -115,9 +116,9 @@ def run_updates(run: Run) -> dict:
 
 
 def save(run: Run, step: int, sound: bool, found: dict[str, float]) -> None:
-    """A checkpoint, with every process at the same update: replicas are equal, so the main one keeps a copy and writes
-    it in the background, all processes having given their pieces of what is sharded, with what a validation has `found`. Weights that are not `sound` must not take a good
-    checkpoint's place."""
+    """A checkpoint, with every process at the same update. Replicas are equal, and of sharded tensors all give their
+    pieces: the main process keeps a copy and writes it in the background, with what a validation has `found`. Weights
+    that are not `sound` must not take a good checkpoint's place."""
     run.accelerator.wait_for_everyone()
     write_skipped(run)
     if not sound:

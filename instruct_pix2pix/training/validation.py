@@ -199,8 +199,8 @@ def show_edits(run, step: int, unet) -> dict[str, float]:
     """Write output_dir/validation/step-<step>.png, each image with its --num_validation_images edits, and
     step-<step>-held-out.png, as many held-out rows: input, edit, target. Returns the rows' mean PSNR and SSIM.
 
-    `unet` and the other models in memory are used as they are. The noise comes from a stream of its own, the same at every step, so that
-    pictures can be compared and training never notices.
+    `unet` and the other models in memory are used as they are. The noise comes from a stream of its own, the same at
+    every step, so that pictures can be compared and training never notices.
     """
     config, entries, rows = run.config, [], []
     pipeline = build_pipeline(run.configs, run.tokenizer, run.text_encoder, run.vae, unet)
