@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
@@ -481,54 +480,7 @@ def test_wandb_records_offline_and_never_sees_the_token(base_models, pairs, tmp_
     assert token not in done.stdout + done.stderr
 
 
-# ---- several processes
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(base_models, pairs, small_run, tmp_path):
-    """conv_in is widened on both ranks, noise differs between them, checkpoints do not hang, and the sum is the same
-    update: 2 processes x batch 1 x accumulation 2 against 1 x 2 x 2."""
-    flags = {
-        "pretrained_model_name_or_path": base_models["train"],
-        "train_data_dir": pairs,
-        "output_dir": tmp_path / "two",
-        "resolution": 64,
-        "train_batch_size": 1,
-        "gradient_accumulation_steps": 2,
-        "max_train_steps": 3,
-        "learning_rate": 1e-3,
-        "seed": 7,
-        "report_to": "none",
-        "checkpointing_steps": 2,
-        "use_ema": True,
-        "conditioning_dropout_prob": 0.2,
-        "validation_dataset": copy_tree(pairs, tmp_path / "held_out"),
-        "validation_steps": 1,
-        "num_validation_images": 1,
-        "keep_best": "loss",
-    }
-    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes=2"]
-    done = subprocess.run(
-        [*launcher, ROOT / "train_instruct_pix2pix.py", *to_argv(flags)],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    one = small_run(
-        "train", name="one", **{k: v for k, v in flags.items() if k not in ("output_dir",)} | {"train_batch_size": 2}
-    )
-    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-4)
-    single, double = load_file(one / UNET), load_file(tmp_path / "two" / UNET)
-    for name in single:
-        torch.testing.assert_close(single[name], double[name], rtol=1e-3, atol=2e-4)
-    assert (tmp_path / "two" / "checkpoint-2" / "state.json").exists()
-    measured = [[json.loads(line) for line in (run / "validation_log.jsonl").open()] for run in (tmp_path / "two", one)]
-    assert [line["step"] for line in measured[0]] == [1, 2, 3]
-    assert [line["loss"] for line in measured[0]] == pytest.approx([line["loss"] for line in measured[1]], rel=1e-3)
-    assert "2 process(es) on cpu" in done.stderr
+# ---- several processes of the loader, see test_distributed.py for those of a training
 
 
 def test_workers_do_not_change_what_is_trained(small_run):
@@ -622,14 +574,6 @@ def test_models_of_another_family_are_named(small_run, base_models, no_weights, 
     (other / "unet" / "config.json").write_text(json.dumps(config | {"addition_embed_type": "text_time"}))
     with pytest.raises(UserError, match="addition_embed_type text_time, which .* as Stable Diffusion XL's does"):
         small_run("train", pretrained_model_name_or_path=other)
-
-
-def test_sharded_training_is_refused(small_run, no_weights, monkeypatch):
-    from accelerate import Accelerator
-
-    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(UserError, match="distributed type FSDP is not supported"):
-        small_run()
 
 
 def test_processes_that_do_not_join_are_refused(small_run, no_weights, monkeypatch):

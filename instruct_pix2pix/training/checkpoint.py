@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: written under a temporary name, renamed, then the oldest removed.
 
-Training waits only for a copy of the tensors in the host's memory; a thread writes it while training goes on.
+Training waits only for a copy of the tensors in the host's memory; a thread writes it while training goes on. Sharded
+tensors are made whole for it: all processes take part, and the main one keeps and writes them.
 
 checkpoint-<step>/
     unet/                    diffusers folder, float32, without the path that the weights came from
@@ -30,6 +31,7 @@ from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.files import flush, flush_tree, free_space, in_megabytes, write_json
 from instruct_pix2pix.models import adapters
 from instruct_pix2pix.models.trained import ADAPTER_FILE, EMA_FILE, STATE_FILE, UNET_FILE, damage, read_state
+from instruct_pix2pix.training import sharding
 from instruct_pix2pix.training.ema import EMA, average_swapped_in
 from instruct_pix2pix.training.options import KEEP_BEST
 
@@ -96,12 +98,12 @@ class Writer:
         ema: EMA | None,
         limit: int | None,
         keep_best: str | None = None,
-    ) -> Future:
+    ) -> Future | None:
         """Start writing checkpoint-<state["step"]>, whole or not at all; then only those are kept that `remove_old`
         keeps of them. Callbacks of what is returned run before the next one is written.
 
         `state` is JSON-serialisable and holds "step"; `unet` is the unwrapped one, whose trained parameters `optimizer`
-        and `ema` are over.
+        and `ema` are over. Where it is sharded all processes call this; None on those that write nothing.
         """
         self.wait()
         parameters = adapters.trained_parameters(unet)
@@ -112,17 +114,22 @@ class Writer:
         tensors["optimizer.safetensors"] = optimizer_tensors
         state = {**state, "optimizer": rest}
         if ema is not None:
-            tensors[EMA_FILE] = dict(zip(parameters, ema.shadow, strict=True))
+            shadows = zip(parameters.items(), ema.shadow, strict=True)
+            tensors[EMA_FILE] = {name: sharding.joined(shadow, p) for (name, p), shadow in shadows}
             state["ema_updates"] = ema.updates
         elif hasattr(optimizer, "eval"):
             with average_swapped_in(None, optimizer):
                 tensors[EMA_FILE] = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
-        copied = size < SHARE_OF_MEMORY * available_memory()
+        sharded = sharding.is_sharded(unet)
+        copied = sharded or size < SHARE_OF_MEMORY * available_memory()
         if copied:
-            tensors = {file: {n: t.to("cpu", copy=True) for n, t in group.items()} for file, group in tensors.items()}
+            tensors = {file: {n: sharding.host_copy(t) for n, t in group.items()} for file, group in tensors.items()}
+        if sharded and torch.distributed.get_rank() != 0:
+            return None
         config = json.loads(unet.to_json_string())
         config.pop("_name_or_path", None)  # a path of this machine, and after a resume another one
+        config["_class_name"] = UNet2DConditionModel.__name__  # FSDP2 makes a class of its own of it
         written = self.thread.submit(_write, Path(output_dir), state, config, tensors, limit, keep_best)
         self.pending = written
         if not copied:
@@ -276,8 +283,8 @@ def load_training_state(
     parameters = adapters.trained_parameters(unet)
     if ema is not None and (Path(checkpoint) / EMA_FILE).is_file():
         stored = load_file(Path(checkpoint) / EMA_FILE)
-        for name, shadow in zip(parameters, ema.shadow, strict=True):
-            shadow.copy_(stored[name])
+        for (name, parameter), shadow in zip(parameters.items(), ema.shadow, strict=True):
+            shadow.copy_(sharding.local(sharding.cut(stored[name], parameter)))
         ema.updates = state["ema_updates"]
     elif ema is not None:
         logger.warning("%s has no EMA; the average starts from its weights", checkpoint)
@@ -329,7 +336,7 @@ def restore_optimizer(
         parameter = parameters[parameter_name]
         if torch.is_tensor(value):
             if value.shape == parameter.shape:  # fused kernels want a moment laid out in memory as its parameter is
-                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(sharding.cut(value, parameter))
             placed[name] = value = value.to(parameter.device)
         elif isinstance(value, dict):
             value = placed[value["same_as"]]

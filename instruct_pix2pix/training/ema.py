@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from instruct_pix2pix.training import sharding
+
 
 def ema_decay(updates: int, decay: float) -> float:
     """Decay for update number `updates` (0 is the first): min((1 + t) / (10 + t), decay), so that the average soon
@@ -13,7 +15,8 @@ def ema_decay(updates: int, decay: float) -> float:
 
 
 class EMA:
-    """The average, one float32 tensor per parameter, updated in one fused pass.
+    """The average, one float32 tensor per parameter, updated in one fused pass; of a sharded parameter each process
+    keeps the average of its own piece.
 
     With `offload` it lives in CPU memory: less GPU memory, one copy of the weights over the bus per update. From a CUDA
     GPU that copy goes into pinned memory, of the same size again, beside the passes of the next update.
@@ -23,7 +26,8 @@ class EMA:
         self.live = list(parameters)
         self.decay, self.updates = decay, 0
         device = torch.device("cpu") if offload else None
-        self._shadow = [p.detach().to(device=device or p.device, dtype=torch.float32, copy=True) for p in self.live]
+        own = [sharding.local(p.detach()) for p in self.live]
+        self._shadow = [p.to(device=device or p.device, dtype=torch.float32, copy=True) for p in own]
         self._landing, self._lerp_weight = [], None  # copies of the weights, and their share in a lerp still to be done
         if offload and self.live[0].is_cuda:
             self._landing = [torch.empty_like(s, pin_memory=True) for s in self._shadow]
@@ -40,14 +44,15 @@ class EMA:
         """shadow <- decay * shadow + (1 - decay) * live. With `offload` on a GPU finish_update() must follow before the
         weights change again."""
         shadow, lerp_weight = self.shadow, self.advance()
+        live = [sharding.local(p) for p in self.live]
         if self._landing:
             self._stream.wait_stream(torch.cuda.current_stream())  # until the weights have changed
             with torch.cuda.stream(self._stream):
-                torch._foreach_copy_(self._landing, self.live, non_blocking=True)
+                torch._foreach_copy_(self._landing, live, non_blocking=True)
                 self._copied.record()
             self._lerp_weight = lerp_weight
         else:
-            live = [p.to(s.device, s.dtype) for s, p in zip(shadow, self.live, strict=True)]
+            live = [p.to(s.device, s.dtype) for s, p in zip(shadow, live, strict=True)]
             torch._foreach_lerp_(shadow, live, lerp_weight)
 
     def finish_update(self) -> None:
@@ -68,7 +73,8 @@ class EMA:
     def swapped_in(self):
         """The model has the averaged weights inside the `with`, and its own again after it, come what may.
 
-        Tensors change places; nothing is copied unless the average lives elsewhere than the model.
+        Tensors change places; nothing is copied unless the average lives elsewhere than the model. Not for sharded
+        parameters, see sharding.unet_to_export.
         """
         own = [p.data for p in self.live]
         try:

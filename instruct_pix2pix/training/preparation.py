@@ -25,7 +25,7 @@ from instruct_pix2pix.files import check_folder, free_space
 from instruct_pix2pix.models import adapters, sd
 from instruct_pix2pix.models.trained import damage
 from instruct_pix2pix.training import checkpoint as checkpoints
-from instruct_pix2pix.training import optimizers, step
+from instruct_pix2pix.training import optimizers, sharding, step
 from instruct_pix2pix.training.config import Config, resolve, resolved
 from instruct_pix2pix.training.ema import EMA
 from instruct_pix2pix.training.inputs import WindowEncoder, WindowLoader
@@ -118,8 +118,10 @@ def start_accelerator(args) -> Accelerator:
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.accelerator.is_available()
     if precision == "fp16" and on_cpu:
         raise UserError("--mixed_precision: fp16 needs a GPU and none is in use; use bf16 or no")
+    plugin = sharding.plugin(args, precision)
     accelerator = Accelerator(
         mixed_precision=precision,
+        fsdp_plugin=plugin,
         # Several processes on a machine without a GPU are one training only where this is said.
         cpu=on_cpu,
         log_with=trackers(args) or None,
@@ -128,17 +130,28 @@ def start_accelerator(args) -> Accelerator:
         ),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in plain:
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Of itself accelerate shards on GPUs only; told that it does, it does so on CPUs, where it can be tried.
+        accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    known = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU, DistributedType.FSDP)
+    if accelerator.distributed_type not in known:
         raise UserError(
-            f"accelerate's distributed type {accelerator.distributed_type.value} is not supported; use plain data"
-            " parallelism (accelerate config, or accelerate launch --multi_gpu)"
+            f"accelerate's distributed type {accelerator.distributed_type.value} is not supported; use data"
+            " parallelism (accelerate launch --multi_gpu) or FSDP2 (--config_file recipes/accelerate/fsdp2.yaml)"
         )
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise UserError(
             f"WORLD_SIZE: {started} processes were started, but accelerate joins {accelerator.num_processes} of them;"
             " they would overwrite each other's files. Start one, or set up accelerate for several (accelerate config)"
+        )
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # They read what the processes before them left in the launcher's store: pytorch/pytorch#167288.
+        logger.warning(
+            "--max-restarts: %d; processes that are started again may not find each other; set"
+            " TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and with accelerate launch give --rdzv_backend c10d",
+            restarts,
         )
     return accelerator
 
@@ -380,6 +393,8 @@ def build(plan: Plan) -> Run:
     )
     model, optimizer = accelerator.prepare(unet, optimizer)
     unet = accelerator.unwrap_model(model)
+    if sharding.is_sharded(unet):  # accelerate sees to it elsewhere
+        unet.forward = accelerator.autocast()(unet.forward)
     trained = adapters.trained_parameters(unet).values()
     ema = EMA(trained, config.ema_decay, config.offload_ema) if config.use_ema else None
     if plan.checkpoint is not None:

@@ -13,7 +13,7 @@ import torch
 from instruct_pix2pix.cli import MemoryShortage, first_line
 from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.models import adapters
-from instruct_pix2pix.training import optimizers
+from instruct_pix2pix.training import optimizers, sharding
 from instruct_pix2pix.training.loss import sample_losses
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class Update:
         self.parameters = list(adapters.trained_parameters(model).values())
         self.huber_delta = config.huber_delta if config.loss_type == "huber" else None
         self.state_bytes = optimizers.STATE_BYTES.get(config.optimizer, 8)  # of the optimizer, for each trained number
+        self.sharded = sharding.is_sharded(model)
 
     def run(self, inputs: dict[str, torch.Tensor], learning_rate: float) -> tuple[torch.Tensor, ...]:
         """One update; returns the mean loss of the window, the gradient's norm before clipping, and the losses (W,) of
@@ -47,12 +48,13 @@ class Update:
         """Predict, compare, and add up gradients, one micro-batch after another; returns the window's mean loss and the
         losses of its samples.
 
-        Processes exchange gradients in the last backward pass, unless `synchronise` is off.
+        Processes exchange gradients in the last backward pass, unless `synchronise` is off. Of a sharded UNet they do
+        in every pass: whole gradients would take the memory that sharding saves.
         """
         micro_batches = list(zip(*(tensor.split(self.micro_batch_size) for tensor in inputs.values()), strict=True))
         window_loss, window_losses = torch.zeros((), device=self.accelerator.device), []
         for number, (noisy, timesteps, text, target, weights) in enumerate(micro_batches, start=1):
-            exchange = synchronise and number == len(micro_batches)
+            exchange = synchronise and (self.sharded or number == len(micro_batches))
             with contextlib.nullcontext() if exchange else self.accelerator.no_sync(self.model):
                 prediction = self.model(noisy, timesteps, text, return_dict=False)[0]
                 losses = sample_losses(prediction, target, weights, self.huber_delta)
@@ -66,8 +68,10 @@ class Update:
         """Clip to --max_grad_norm, step, move the average; returns the norm before clipping."""
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.sharded:
+            norm = norm.full_tensor()
         inner = self.optimizer.optimizer
-        if type(inner) is torch.optim.AdamW:
+        if type(inner) is torch.optim.AdamW and not self.sharded:
             # Fused AdamW divides by `grad_scale` while it reads the gradients, which saves a pass over them.
             inner.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
         else:

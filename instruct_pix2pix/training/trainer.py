@@ -13,9 +13,9 @@ from instruct_pix2pix.cli import RowError, SourceLost
 from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.training import checkpoint as checkpoints
+from instruct_pix2pix.training import sharding
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
-from instruct_pix2pix.training.ema import average_swapped_in
 from instruct_pix2pix.training.log import LOG_EVERY, Log, set_up_logging, start_trackers, write_skipped
 from instruct_pix2pix.training.preparation import Run, build, check, print_dry_run, start_accelerator
 from instruct_pix2pix.training.stopping import StopRequest
@@ -62,6 +62,7 @@ def run_updates(run: Run) -> dict:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()  # of the updates, not of what was tried before them
     where = f"{accelerator.num_processes} process(es) on {accelerator.device.type}"
+    where += ", sharded" if sharding.is_sharded(run.unet) else ""
     logger.info("training %d updates of %d images, %s", last - run.first_step, run.images_per_update, where)
     if run.first_step > 0 and validation_is_due(run, run.first_step):
         validate(run, run.first_step, only_missing=True)  # the run before may have ended between checkpoint and picture
@@ -117,14 +118,14 @@ def run_updates(run: Run) -> dict:
 
 
 def save(run: Run, step: int, sound: bool, found: dict[str, float]) -> None:
-    """A checkpoint, with every process at the same update: replicas are equal, so the main one keeps a copy and writes
-    it in the background, with what a validation has `found`. Weights that are not `sound` must not take a good
-    checkpoint's place."""
+    """A checkpoint, with every process at the same update. Replicas are equal, and of sharded tensors all give their
+    pieces: the main process keeps a copy and writes it in the background, with what a validation has `found`. Weights
+    that are not `sound` must not take a good checkpoint's place."""
     run.accelerator.wait_for_everyone()
     write_skipped(run)
     if not sound:
         logger.warning("no checkpoint-%d: the loss or the gradient of update %d is not finite", step, step)
-    elif run.accelerator.is_main_process:
+    elif run.accelerator.is_main_process or sharding.is_sharded(run.unet):
         write_checkpoint(run, step, found)
     run.accelerator.wait_for_everyone()
 
@@ -156,6 +157,8 @@ def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
 def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
     """A row that cannot be used, or memory that ran out, is for the user to mend; the work until then is kept."""
     done = log.last_step
+    if sharding.is_sharded(run.unet):  # one process alone has only its pieces
+        return
     if run.accelerator.is_main_process and done > run.first_step:
         log.flush(gather=False)
         write_skipped(run, gather=False)
@@ -174,11 +177,12 @@ def finish(run: Run, summary: dict) -> None:
     pushed = True
     if config.keep_best is None or run.first_step == config.max_train_steps:  # else its last checkpoint was validated
         validate(run, config.max_train_steps)
-    if accelerator.is_main_process:
-        with average_swapped_in(run.ema, run.optimizer):
+    with sharding.unet_to_export(run) as unet:
+        if accelerator.is_main_process:
             prompt = config.validation_prompt
             instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction
-            publishing.export(config, resolved(config), run.unet, summary, run.repo_id, instruction)
+            publishing.export(config, resolved(config), unet, summary, run.repo_id, instruction)
+    if accelerator.is_main_process:
         write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)
     best = checkpoints.best_checkpoint(Path(config.output_dir), config.keep_best)

@@ -22,10 +22,10 @@ from instruct_pix2pix.evidence import PICTURES, validation_picture
 from instruct_pix2pix.files import write_bytes
 from instruct_pix2pix.images import BadImage, contact_sheet, encode_image, is_url, read_image
 from instruct_pix2pix.models.sd import build_pipeline
-from instruct_pix2pix.training.ema import average_swapped_in
 from instruct_pix2pix.training.log import Lines, log_pictures
 from instruct_pix2pix.training.loss import BANDS, sample_losses
 from instruct_pix2pix.training.options import as_list
+from instruct_pix2pix.training.sharding import unet_to_export
 
 logger = logging.getLogger(__name__)
 
@@ -168,45 +168,44 @@ def validate(run, step: int, only_missing: bool = False) -> dict[str, float]:
     missing = [validation_picture(config.output_dir, step, kind) for kind, of in kinds if of]
     if only_missing and (held_out is None or held_out.log.last >= step):
         missing = [picture for picture in missing if not picture.exists()]
-    if missing:
-        frozen = (run.text_encoder, run.vae)
-        rested = [model.device for model in frozen]
-        was_training = run.unet.training
-        try:
-            with average_swapped_in(run.ema, run.optimizer):
-                for model in frozen:
+    frozen = (run.text_encoder, run.vae)
+    rested, was_training = [model.device for model in frozen], run.unet.training
+    try:
+        with unet_to_export(run, bool(missing)) as unet:
+            if missing:
+                for model in (*frozen, unet):
                     model.to(run.accelerator.device)
-                run.unet.eval()
+                unet.eval()
                 with torch.no_grad(), run.accelerator.autocast():
                     if held_out is not None:
-                        found |= held_out.measure(run.unet)
-                    found |= show_edits(run, step)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            count = config.num_validation_images
-            logger.warning("no validation: %d images at a time need more memory; lower --num_validation_images", count)
-        except UserError as error:  # pictures that are none must not end a training
-            logger.warning("no validation: %s", error)
-        finally:
-            run.unet.train(was_training)
-            for model, device in zip(frozen, rested, strict=True):
-                model.to(device)
-        if found:
-            held_out.log.write([{"step": step, **found}])
+                        found |= held_out.measure(unet)
+                    found |= show_edits(run, step, unet)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        count = config.num_validation_images
+        logger.warning("no validation: %d images at a time need more memory; lower --num_validation_images", count)
+    except UserError as error:  # pictures that are none must not end a training
+        logger.warning("no validation: %s", error)
+    finally:
+        run.unet.train(was_training)
+        for model, device in zip(frozen, rested, strict=True):
+            model.to(device)
+    if found:
+        held_out.log.write([{"step": step, **found}])
     run.accelerator.wait_for_everyone()
     return found
 
 
-def show_edits(run, step: int) -> dict[str, float]:
+def show_edits(run, step: int, unet) -> dict[str, float]:
     """Write output_dir/validation/step-<step>.png, each image with its --num_validation_images edits, and
     step-<step>-held-out.png, as many held-out rows: input, edit, target. Returns the rows' mean PSNR and SSIM.
 
-    The models in memory are used as they are. The noise comes from a stream of its own, the same at every step, so that
-    pictures can be compared and training never notices.
+    `unet` and the other models in memory are used as they are. The noise comes from a stream of its own, the same at
+    every step, so that pictures can be compared and training never notices.
     """
     config, entries, rows = run.config, [], []
-    pipeline = build_pipeline(run.configs, run.tokenizer, run.text_encoder, run.vae, run.unet)
+    pipeline = build_pipeline(run.configs, run.tokenizer, run.text_encoder, run.vae, unet)
     streams = [stream(config.seed, "validation", index) for index in range(config.num_validation_images)]
     seeds = [int(rng.integers(2**31)) for rng in streams]
     for image, prompt in run.validation_images:
