@@ -5,18 +5,61 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.cli import UserError, first_line
+
+
+def folder_or_url(text: str) -> Path | str:
+    """An argparse type: a folder of this machine as a Path, one of an object storage (s3://, gs://, hf://) as it is."""
+    return text if is_url(text) else Path(text)
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    return "://" in str(path)
+
+
+def file_system(path: str | os.PathLike):
+    """fsspec's file system for a path or URL, and what the path is called there; it remembers no earlier listing."""
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    if not is_url(path):
+        return LocalFileSystem(), os.path.abspath(path)
+    system, inner = url_to_fs(str(path))
+    system.invalidate_cache()
+    return system, inner
+
+
+def opened(path: str | os.PathLike):
+    """A file, or an object of a URL, to read bytes from."""
+    if not is_url(path):
+        return open(path, "rb")
+    system, inner = file_system(path)
+    return system.open(inner)
 
 os.umask(_UMASK := os.umask(0))  # it cannot be asked for without being set
 
 
 @contextmanager
 def written_whole(path: str | os.PathLike):
-    """Gives a temporary path beside `path`; what is written there takes `path`'s place when the block ends well."""
+    """Gives a temporary path beside `path`; what is written there takes `path`'s place when the block ends well.
+
+    `path` may be a URL. The temporary path is then one of this machine, and the file is uploaded at the end.
+    """
+    if is_url(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield (temporary := Path(folder, str(path).rpartition("/")[2]))
+            system, inner = file_system(path)
+            try:
+                system.put_file(str(temporary), inner)
+            except Exception as error:  # every storage has kinds of its own
+                remedy = "what is finished is kept: see to the storage and run the command again"
+                raise UserError(f"{path}: {first_line(error)}; {remedy}") from error
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.partial")  # a killed run's is written over
     try:
@@ -75,7 +118,7 @@ def flush_tree(path: Path) -> None:
 
 
 def file_sha256(path: str | os.PathLike) -> str:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

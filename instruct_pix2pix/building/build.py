@@ -1,10 +1,10 @@
 """What the dataset builders share: flags, the plan, the parquet shards, the dataset card and the contact sheet.
 
 A build has two steps. First the *plan*: every row of the dataset as one line of `plan.jsonl` (split, source image, its
-hash, its size, ...). Then the *shards*: each process makes the shards whose number modulo the number of processes is
-its own, a row group at a time. Everything is written to a temporary name and renamed when complete, so that a build
-that was killed at any moment goes on where it stopped when the same command is run again, and since the plan alone
-decides what each file holds, the bytes do not depend on interruptions or on the number of processes.
+hash, its size, ...). Then the *shards*, one after the other in this process or, with --ray, many at a time by Ray's
+actors (`on_ray.py`). A file appears at its place whole or not at all, so that a build that was killed at any moment
+goes on with the next shard when the same command is run again, and since the plan alone decides what each file holds,
+the bytes do not depend on interruptions or on who made them.
 
     OUTPUT_DIR/
       README.md                             the dataset card, written last
@@ -12,39 +12,42 @@ decides what each file holds, the bytes do not depend on interruptions or on the
       plan.jsonl                            the settings, then one line a row: where it came from
       skipped.jsonl                         what was left out, with the reason
       preview.png                           a contact sheet
-      parts/                                finished row groups of unfinished shards, gone at the end
 """
 
+import argparse
 import json
 import math
 import os
 import shlex
-import shutil
 import sys
-import time
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 
+from instruct_pix2pix.building import on_ray
 from instruct_pix2pix.building.plan import SPLITS, Row, by_reason, draw_instruction
 from instruct_pix2pix.building.restoration_sets import SETS
-from instruct_pix2pix.cli import UserError, whole_number
+from instruct_pix2pix.cli import UserError, first_line, whole_number
 from instruct_pix2pix.files import (
     check_folder,
     code_block,
     file_sha256,
+    file_system,
     fingerprint,
-    flush,
+    folder_or_url,
     for_others,
-    naming,
+    is_url,
+    opened,
     write_bytes,
     write_json_lines,
     write_text,
+    written_whole,
 )
 from instruct_pix2pix.images import add_pixel_limit, contact_sheet, encode_image, read_image
 
-# A row group is what is held in memory and what is lost when a build is killed; a shard is one file.
+# A row group is what is held in memory; a shard is one file, and what is lost at most when a build is killed.
 GROUP_ROWS, GROUP_PIXELS = 32, 16_000_000
 SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 300 MB as PNG
 
@@ -68,23 +71,44 @@ def add_dataset_flags(parser, instructions: Path, what: str) -> None:
     add("--all_instructions", action="store_true",
         help="keep the whole list in every row, so that training draws one anew each epoch")
     add = parser.add_argument_group("dataset").add_argument
-    add("--output_dir", type=Path, required=True, metavar="DATASET", help="the folder to make or go on with")
+    add("--output_dir", type=folder_or_url, required=True, metavar="DATASET",
+        help="the folder to make or go on with; also on an object storage: s3://…, gs://…, hf://datasets/…")
     add("--seed", type=int, default=0, help="decides what is drawn: images, their order, instructions")
     add("--validation_fraction", type=float, default=0.05, metavar="F",
         help="share of the images for validation, where the source has no splits")
     add("--test_fraction", type=float, default=0.05, metavar="F", help="the same for the test split")
     add("--rows_per_shard", type=whole_number(1), default=500, metavar="N",
-        help="at most so many rows in a parquet file; processes share the work by file")
+        help="at most so many rows in a parquet file, which is what a stopped build loses at most")
     add_pixel_limit(add)
+    add = parser.add_argument_group("Ray, to build on several cores or machines").add_argument
+    add("--ray", nargs="?", const="", metavar="ADDRESS",
+        help="make the shards by Ray's actors, on the cluster at ADDRESS; without one on the cluster that this machine "
+             "belongs to, or on this machine alone")
+    add("--ray_actors", type=whole_number(1), metavar="N", help="so many at a time; left out, all that find room")
+    add("--ray_gpus", type=float, metavar="F",
+        help="GPUs of each actor, or a share of one; left out, one where --device asks for it and the cluster has it")
     # fmt: on
 
 
 def check_dataset_flags(args) -> None:
-    check_folder("--output_dir", args.output_dir)
+    if is_url(args.output_dir):
+        try:
+            system, folder = file_system(args.output_dir)
+            system.exists(f"{folder}/plan.jsonl")
+        except Exception as error:  # every storage has kinds of its own
+            raise UserError(
+                f"--output_dir: {args.output_dir}: {first_line(error)}; give a storage that answers"
+            ) from None
+    else:
+        check_folder("--output_dir", args.output_dir)
+    if args.ray is None and (args.ray_actors or args.ray_gpus is not None):
+        raise UserError(f"--ray_{'actors' if args.ray_actors else 'gpus'}: without --ray; give that too")
+    if args.ray_gpus is not None and args.ray_gpus < 0:
+        raise UserError(f"--ray_gpus: {args.ray_gpus} is less than none; give 0 or more")
     folders = [(name, getattr(args, name, None)) for name in ("photos", *SETS)]
     folders += [("pairs", folder) for _, *both in getattr(args, "pairs", []) for folder in both]
     for name, folder in folders:
-        if folder and args.output_dir.resolve().is_relative_to(folder.resolve()):
+        if folder and not is_url(args.output_dir) and args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
     fractions = args.validation_fraction, args.test_fraction
     if not (min(fractions) >= 0 and sum(fractions) < 1):
@@ -94,89 +118,84 @@ def check_dataset_flags(args) -> None:
         )
 
 
-def build(args, settings: dict, instructions: dict, columns: dict, about: dict, make_plan, make_rows) -> None:
-    """Make a dataset folder, or what is missing of it. Every process calls this with the same arguments.
+@dataclass
+class Work:
+    """What makes shards of planned rows, here or on another machine (it is pickled on the way).
 
-    args: the flags of `add_dataset_flags`.
-    settings: what else decides the bytes (JSON values); a folder begun with other settings is refused.
-    instructions: of each task, what `read_instructions` returns.
     columns: name -> (what it holds: input, target, instruction or task; a description for the card), in order.
+    instructions: of each task, what `read_instructions` returns.
+    open_rows() -> make_rows(rows) -> of each row the encoded input and target (bytes). Opening loads what that needs.
+    on_gpu: whether it computes on a GPU where there is one.
+    """
+
+    args: argparse.Namespace
+    columns: dict
+    instructions: dict
+    open_rows: Callable[[], Callable[[list[Row]], list[tuple[bytes, bytes]]]]
+    on_gpu: bool = False
+
+
+def build(work: Work, settings: dict, about: dict, make_plan) -> None:
+    """Make a dataset folder, or what is missing of it.
+
+    settings: what else decides the bytes (JSON values); a folder begun with other settings is refused.
     about: what `card` says of this dataset: title, licence, tags, about, licences and, where counted, sources.
-    make_plan() -> (list of Row, list of {"source", "reason"}): called once, by the first process.
-    make_rows(rows) -> of each row the encoded input and target (bytes).
+    make_plan() -> (list of Row, list of {"source", "reason"}).
     """
     from tqdm import tqdm
 
-    output_dir = args.output_dir
-    # This process's number and how many there are, from what `accelerate launch` puts in the environment.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    settings["instructions"] = fingerprint(instructions)
+    args, output_dir = work.args, work.args.output_dir
+    settings["instructions"] = fingerprint(work.instructions)
     for name in ("all_instructions", "seed", "validation_fraction", "test_fraction", "rows_per_shard"):
         settings[name] = getattr(args, name)
     settings = json.loads(json.dumps(settings))  # as it will be read back
-    (output_dir / "data").mkdir(parents=True, exist_ok=True)
+    if not is_url(output_dir):
+        (output_dir / "data").mkdir(parents=True, exist_ok=True)
 
-    def make_columns(rows: list[Row]) -> dict[str, list]:
-        inputs, targets = zip(*make_rows(rows), strict=True)
-        content = {
-            "input": [{"bytes": data, "path": None} for data in inputs],
-            "target": [{"bytes": data, "path": None} for data in targets],
-            "instruction": [draw_instruction(row, instructions, args) for row in rows],
-            "task": [row.task for row in rows],
-        }
-        return {name: content[role] for name, (role, _) in columns.items()}
-
-    schema = arrow_schema(columns, args.all_instructions)
-    rows = get_plan(output_dir, settings, make_plan, rank)
+    rows = get_plan(output_dir, settings, make_plan)
     shards = name_shards(rows, args.rows_per_shard)
-    mine = list(shards)[rank::world]
-    missing = [name for name in mine if not is_complete(output_dir / "data" / name, len(shards[name]))]
-    kept = sum(len(shards[name]) for name in mine if name not in missing)
-    total = sum(len(shards[name]) for name in mine)
-    label = "rows" if world == 1 else f"rows, process {rank + 1} of {world}"
-    with tqdm(total=total, initial=kept, desc=label, unit=" images", position=rank, mininterval=0.5) as bar:
-        for name in missing:
-            with naming(output_dir / "data" / name):
-                write_shard(output_dir, name, shards[name], schema, make_columns, bar)
-    if rank != 0:
-        return
-    others = [name for name in shards if name not in mine]
-    for name in tqdm(others, desc="waiting for other processes", unit=" shards", disable=not others):
-        while not is_complete(output_dir / "data" / name, len(shards[name])):
-            time.sleep(0.5)
-
-    checksums = {}
-    for name in tqdm(shards, desc="checksums", unit=" files", leave=False):
-        checksums[name] = file_sha256(output_dir / "data" / name)
-    skipped_path = output_dir / "skipped.jsonl"
-    skipped = [json.loads(line) for line in skipped_path.read_text().splitlines()]
-    write_bytes(output_dir / "preview.png", encode_image(preview(output_dir, shards, columns), ".png"))
-    write_text(output_dir / "README.md", card(args, columns, instructions, about, rows, skipped, checksums))
-    shutil.rmtree(output_dir / "parts", ignore_errors=True)
-    for left_by_a_kill in output_dir.glob(".*.partial"):
-        left_by_a_kill.unlink()
+    missing = {name: rows for name, rows in shards.items() if not is_complete(f"{output_dir}/data/{name}", len(rows))}
+    kept = len(rows) - sum(map(len, missing.values()))
+    with tqdm(total=len(rows), initial=kept, desc="rows", unit=" images", mininterval=0.5) as bar:
+        checksums = make_shards(work, missing, bar.update)
+    for name in tqdm(shards.keys() - missing, desc="checksums", unit=" files", leave=False):
+        checksums[name] = file_sha256(f"{output_dir}/data/{name}")
+    with opened(f"{output_dir}/skipped.jsonl") as file:
+        skipped = [json.loads(line) for line in file]
+    write_bytes(f"{output_dir}/preview.png", encode_image(preview(output_dir, shards, work.columns), ".png"))
+    write_text(f"{output_dir}/README.md", card(work, about, rows, skipped, {name: checksums[name] for name in shards}))
     counts = ", ".join(f"{number} {split}" for split, number in Counter(row.split for row in rows).items())
-    note = f"; {len(skipped)} left out ({by_reason(skipped)}), see {skipped_path}" if skipped else ""
+    note = f"; {len(skipped)} left out ({by_reason(skipped)}), see {output_dir}/skipped.jsonl" if skipped else ""
     print(f"{output_dir}: {len(rows)} rows ({counts}) in {len(shards)} shards{note}")
 
 
-def get_plan(output_dir: Path, settings: dict, make_plan, rank: int) -> list[Row]:
-    """Read the plan, or make it. Processes other than the first wait for it."""
-    path = output_dir / "plan.jsonl"
-    while not path.exists() and rank != 0:
-        time.sleep(0.2)
-    if not path.exists():
-        if any((output_dir / name).exists() for name in ("README.md", "preview.png")) or any(output_dir.glob("data/*")):
+def make_shards(work: Work, shards: dict[str, list[Row]], progress: Callable[[int], None]) -> dict[str, str]:
+    """Make shards in this process or, with --ray, by actors -> of each its SHA-256. `progress` gets counts of rows."""
+    if work.args.ray is not None:
+        return on_ray.make_shards(work, shards, progress)
+    make_rows = work.open_rows() if shards else None
+    return {name: write_shard(work, name, rows, make_rows, progress) for name, rows in shards.items()}
+
+
+def get_plan(output_dir: Path | str, settings: dict, make_plan) -> list[Row]:
+    """Read the plan, or make it."""
+    path = f"{output_dir}/plan.jsonl"
+    system, folder = file_system(output_dir)
+    if not system.exists(f"{folder}/plan.jsonl"):
+        others = [f"{folder}/{name}" for name in ("README.md", "preview.png")]
+        if any(map(system.exists, others)) or system.glob(f"{folder}/data/*"):
             raise UserError(f"--output_dir: {output_dir} holds something else; choose a new folder")
+        if is_url(output_dir):  # a storage that takes nothing is noticed before the images are looked at
+            write_json_lines(f"{output_dir}/skipped.jsonl", [])
         rows, skipped = make_plan()
         if not rows:
             reason = f"{skipped[0]['source']}: {skipped[0]['reason']}" if skipped else "none was found"
             raise UserError(f"no image can be used ({reason}); give others")
         rows.sort(key=lambda row: SPLITS.index(row.split))  # stable: within a split the order of make_plan
-        write_json_lines(output_dir / "skipped.jsonl", skipped)
+        write_json_lines(f"{output_dir}/skipped.jsonl", skipped)
         write_json_lines(path, chain([{"settings": settings}], map(asdict, rows)))
         del rows, skipped  # the plan is what grows with the number of images: do not hold it twice
-    with open(path) as file:
+    with opened(path) as file:
         found = json.loads(file.readline())["settings"]
         for name in [*settings, *found]:
             if found.get(name) != settings.get(name):
@@ -215,40 +234,43 @@ def name_shards(rows: list[Row], rows_per_shard: int) -> dict[str, list[Row]]:
     return shards
 
 
-def is_complete(path: Path, count: int) -> bool:
-    """Whether a file is there with all its rows. A renamed file is whole; a damaged one is made again."""
+def is_complete(path: str, count: int) -> bool:
+    """Whether a file is there with all its rows. A damaged one is made again."""
     import pyarrow.parquet as pq
 
     try:
-        return path.exists() and pq.read_metadata(path).num_rows == count
+        with opened(path) as file:
+            return pq.read_metadata(file).num_rows == count
     except (OSError, ValueError):
         return False
 
 
-def write_shard(output_dir: Path, name: str, rows: list[Row], schema, make_columns, bar) -> None:
-    """Make a shard's row groups, each a file in parts/ as soon as it is done, then join them."""
+def write_shard(work: Work, name: str, rows: list[Row], make_rows, progress=lambda count: None) -> str:
+    """Make a shard, row group by row group, and put it at its place -> its SHA-256. What is there is replaced by the
+    same bytes, so that a shard may be made again at any time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    schema = arrow_schema(work.columns, work.args.all_instructions)
     # PNG does not compress further, and a dictionary of images only costs time.
     options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
-    parts = output_dir / "parts" / name.removesuffix(".parquet")
-    parts.mkdir(parents=True, exist_ok=True)
-    # Not files.written_whole: a killed build goes on with the same names and leaves nothing behind.
-    temporary = parts / "unfinished"
-    paths = []
-    for i, group in enumerate(cut(rows, GROUP_ROWS, GROUP_PIXELS)):
-        paths.append(parts / f"{i:05d}.parquet")
-        if not is_complete(paths[-1], len(group)):
-            pq.write_table(pa.table(make_columns(group), schema=schema), temporary, **options)
-            os.replace(temporary, paths[-1])
-        bar.update(len(group))
-    with pq.ParquetWriter(temporary, schema, **options) as writer:
-        for path in paths:
-            writer.write_table(pq.read_table(path, schema=schema))
-    flush(temporary)
-    os.replace(temporary, output_dir / "data" / name)
-    shutil.rmtree(parts, ignore_errors=True)
+    with written_whole(f"{work.args.output_dir}/data/{name}") as temporary:
+        with pq.ParquetWriter(temporary, schema, **options) as writer:
+            for group in cut(rows, GROUP_ROWS, GROUP_PIXELS):
+                writer.write_table(pa.table(make_columns(work, group, make_rows), schema=schema))
+                progress(len(group))
+        return file_sha256(temporary)
+
+
+def make_columns(work: Work, rows: list[Row], make_rows) -> dict[str, list]:
+    inputs, targets = zip(*make_rows(rows), strict=True)
+    content = {
+        "input": [{"bytes": data, "path": None} for data in inputs],
+        "target": [{"bytes": data, "path": None} for data in targets],
+        "instruction": [draw_instruction(row, work.instructions, work.args) for row in rows],
+        "task": [row.task for row in rows],
+    }
+    return {name: content[role] for name, (role, _) in work.columns.items()}
 
 
 def arrow_schema(columns: dict, all_instructions: bool):
@@ -264,7 +286,7 @@ def arrow_schema(columns: dict, all_instructions: bool):
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict):
+def preview(output_dir: Path | str, shards: dict[str, list[Row]], columns: dict):
     """A contact sheet: rows of every task, input left, target right, instruction below."""
     import pyarrow.parquet as pq
 
@@ -280,12 +302,12 @@ def preview(output_dir: Path, shards: dict[str, list[Row]], columns: dict):
     column = {role: name for name, (role, _) in columns.items()}
     entries = []
     for name, i in chosen:
-        file = pq.ParquetFile(output_dir / "data" / name)
-        group = 0
-        while i >= file.metadata.row_group(group).num_rows:
-            i -= file.metadata.row_group(group).num_rows
-            group += 1
-        row = file.read_row_group(group).slice(i, 1).to_pylist()[0]
+        with pq.ParquetFile(opened(f"{output_dir}/data/{name}")) as file:
+            group = 0
+            while i >= file.metadata.row_group(group).num_rows:
+                i -= file.metadata.row_group(group).num_rows
+                group += 1
+            row = file.read_row_group(group).slice(i, 1).to_pylist()[0]
         text = row[column["instruction"]]
         caption = text if isinstance(text, str) else f"{text[0]} (1 of {len(text)})"
         entries.append(([read_image(row[column[role]]["bytes"]) for role in ("input", "target")], [caption]))
@@ -297,15 +319,7 @@ def shown(argument: str) -> str:
     return ":".join(map(for_others, argument.split(":"))) if "=" in argument else for_others(argument)
 
 
-def card(
-    args,
-    columns: dict,
-    instructions: dict,
-    about: dict,
-    rows: list[Row],
-    skipped: list[dict],
-    checksums: dict[str, str],
-) -> str:
+def card(work: Work, about: dict, rows: list[Row], skipped: list[dict], checksums: dict[str, str]) -> str:
     """The dataset card: front matter that `datasets.load_dataset` reads, then what a reader needs to know."""
     splits = [split for split in SPLITS if any(row.split == split for row in rows)]
     counts = Counter((row.task, row.split) for row in rows)
@@ -314,10 +328,10 @@ def card(
     if len(tasks) > 1:
         table.append(["all", *(sum(counts[task, split] for task in tasks) for split in splits)])
     text = about["about"] + " No picture is in two splits."
-    if any(training != testing for training, testing in instructions.values()):
+    if any(training != testing for training, testing in work.instructions.values()):
         text += " The test split has wordings of the instructions that the other splits do not have."
-    wording = ", every wording" if args.all_instructions else ""
-    meanings = {name: held + (wording if role == "instruction" else "") for name, (role, held) in columns.items()}
+    wording = ", every wording" if work.args.all_instructions else ""
+    meanings = {name: held + (wording if role == "instruction" else "") for name, (role, held) in work.columns.items()}
 
     from huggingface_hub import DatasetCardData
 
@@ -362,7 +376,7 @@ def card(
 
 {code_block("bash", shlex.join(["python", *map(shown, sys.argv)]))}
 
-Seed {args.seed}. SHA-256 of the files:
+Seed {work.args.seed}. SHA-256 of the files:
 
 ```
 {lines(f"{digest}  data/{name}" for name, digest in checksums.items())}

@@ -2,10 +2,13 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 
-from instruct_pix2pix.building.build import build, cut
+from instruct_pix2pix.building.build import Work, build, cut
+from instruct_pix2pix.building.on_ray import there
 from instruct_pix2pix.building.photos import UNKNOWN_LICENCE, Photos, encode_png, find_dataset_images, find_photos
 from instruct_pix2pix.building.plan import Row, read_again, read_instructions, take_photos
 from instruct_pix2pix.cli import UserError, first_line
@@ -24,8 +27,8 @@ def build_cartoonization(args) -> None:
     """Make the dataset that the flags of build_cartoonization.py ask for."""
     instructions = {"cartoonize": read_instructions(args.instructions)}
     photos = choose_photos(args)
-    cartoonize, max_pixels, settings = make_cartoonizer(args)
-    settings["photos"] = photos.digest
+    on_gpu = args.cartoonizer == "whitebox" and args.device in ("auto", "cuda")
+    settings = there(args, lambda: make_cartoonizer(args)[2], on_gpu) | {"photos": photos.digest}
     settings |= {name: getattr(args, name) for name in ("split", "max_num_samples", "max_short_side")}
     columns = {
         "original_image": ("input", "the photo as the cartoonizer saw it: scaled and cropped"),
@@ -48,20 +51,29 @@ def build_cartoonization(args) -> None:
         f"Source of the photos: {as_code(for_others(args.photos or args.dataset))}.",
         "licences": f"Photos: {photos_license}.\n\nCartoons: {cartoons[args.cartoonizer]}.",
     }
-    pool = ThreadPoolExecutor(THREADS)
 
     def make_plan() -> tuple[list[Row], list[dict]]:
         def fitted(width: int, height: int) -> tuple[int, int]:
             return whitebox_size(width, height, args.max_short_side)[1]
 
         skipped: list[dict] = []
-        rows = take_photos(photos, skipped, fitted, 8, args.max_num_samples, args, pool)
+        with ThreadPoolExecutor(THREADS) as pool:
+            rows = take_photos(photos, skipped, fitted, 8, args.max_num_samples, args, pool)
         for row in rows:
             row.task = "cartoonize"
         return rows, skipped
 
+    work = Work(args, columns, instructions, partial(cartoon_rows, args, photos.read), on_gpu)
+    build(work, settings, about, make_plan)
+
+
+def cartoon_rows(args, read: Callable[[str], bytes]) -> Callable[[list[Row]], list[tuple[bytes, bytes]]]:
+    """Open the cartoonizer -> what makes rows: of each the fitted photo and its cartoon, as PNG files."""
+    cartoonize, max_pixels, _ = make_cartoonizer(args)
+    pool = ThreadPoolExecutor(THREADS)
+
     def load(row: Row):
-        return fit_photo(read_again(row.source, photos.read, row.image_hash)[1], args.max_short_side)
+        return fit_photo(read_again(row.source, read, row.image_hash)[1], args.max_short_side)
 
     def make_rows(rows: list[Row]) -> list[tuple[bytes, bytes]]:
         import numpy as np
@@ -74,7 +86,7 @@ def build_cartoonization(args) -> None:
                 made += zip(encoded[: len(batch)], encoded[len(batch) :], strict=True)
         return made
 
-    build(args, settings, instructions, columns, about, make_plan, make_rows)
+    return make_rows
 
 
 def choose_photos(args) -> Photos:

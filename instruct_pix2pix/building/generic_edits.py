@@ -5,14 +5,15 @@ shape and type. In `EDITS` the photo is the source and the edited photo the targ
 is the source and the photo itself the target. Cartoons are absent on purpose: they are left for a fine-tune to learn.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import cv2
 import numpy as np
 
-from instruct_pix2pix.building.build import build
+from instruct_pix2pix.building.build import Work, build
 from instruct_pix2pix.building.photos import UNKNOWN_LICENCE, encode_png, find_photos
 from instruct_pix2pix.building.plan import Row, read_again, read_instructions, take_photos
 from instruct_pix2pix.files import as_code, as_text, for_others, unit_hash
@@ -187,9 +188,15 @@ def build_generic_edits(args) -> None:
             rows.append(replace(photo, task="keep" if kept else TURNS[number % len(TURNS)], repeat=number))
         return rows, skipped
 
+    build(Work(args, columns, instructions, partial(edit_rows, args, photos.read)), settings, about, make_plan)
+
+
+def edit_rows(args, read_photo: Callable[[str], bytes]) -> Callable[[list[Row]], list[tuple[bytes, ...]]]:
+    """What makes rows: of each a tile of a photo before and after the edit, as PNG files."""
+
     @lru_cache(256)
     def read(source: str, image_hash: str) -> np.ndarray:
-        return read_again(source, photos.read, image_hash)[1]
+        return read_again(source, read_photo, image_hash)[1]
 
     def make_rows(rows: list[Row]) -> list[tuple[bytes, ...]]:
         made = []
@@ -199,4 +206,4 @@ def build_generic_edits(args) -> None:
             made.append(tuple(map(encode_png, make_pair(row.task, tile, rng))))
         return made
 
-    build(args, settings, instructions, columns, about, make_plan, make_rows)
+    return make_rows

@@ -1,6 +1,5 @@
 """The low-level dataset: pairs of public restoration sets, and photos degraded on purpose, mixed by task."""
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -9,7 +8,7 @@ from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
-from instruct_pix2pix.building.build import build
+from instruct_pix2pix.building.build import Work, build
 from instruct_pix2pix.building.pairs import Found, find_given_pairs, find_pairs, read_file
 from instruct_pix2pix.building.photos import (
     UNKNOWN_LICENCE,
@@ -44,8 +43,7 @@ def build_low_level(args) -> None:
     reports = [source.report for source in found.values()]
     if photos:
         reports.append(f"--photos: {len(photos.names)} photos")
-    if os.environ.get("RANK", "0") == "0":
-        print("\n".join(reports), flush=True)
+    print("\n".join(reports), flush=True)
     if args.dry_run:
         return
     roots = {head: root for source in found.values() for head, root in source.roots.items()}
@@ -75,19 +73,16 @@ def build_low_level(args) -> None:
         "licences": "\n".join(licences),
         "sources": "\n".join(f"- `{line.replace(': ', '`: ', 1)}" for line in reports),
     }
-    pool = ThreadPoolExecutor(THREADS)
-
-    def read(name: str) -> bytes:
-        head, _, rest = name.partition("/")
-        return photos.read(rest) if head == "photos" else read_file(roots[head], rest)
+    read = partial(read_source, roots, photos and photos.read)
 
     def make_plan() -> tuple[list[Row], list[dict]]:
         rows, skipped = [], []
-        for name, source in found.items():
-            skipped += source.skipped
-            rows += plan_real(name, source, read, skipped, args, pool)
-        if photos:
-            rows += plan_synthetic(photos, skipped, args, pool)
+        with ThreadPoolExecutor(THREADS) as pool:
+            for name, source in found.items():
+                skipped += source.skipped
+                rows += plan_real(name, source, read, skipped, args, pool)
+            if photos:
+                rows += plan_synthetic(photos, skipped, args, pool)
         # No picture in two splits, whichever set or folder it comes from: the most held-out one wins.
         held: dict[str, str] = {}
         for row in rows:
@@ -98,6 +93,19 @@ def build_low_level(args) -> None:
         # In a random order, but the tiles of one image together, to decode it once.
         rows.sort(key=lambda row: unit_hash(args.seed, *pair_of(row)))
         return rows, skipped
+
+    build(Work(args, columns, instructions, partial(pair_rows, args, read)), settings, about, make_plan)
+
+
+def read_source(roots: dict, read_photo: Callable[[str], bytes] | None, name: str) -> bytes:
+    """The encoded image behind a planned name, which begins with the source's."""
+    head, _, rest = name.partition("/")
+    return read_photo(rest) if head == "photos" else read_file(roots[head], rest)
+
+
+def pair_rows(args, read: Callable[[str], bytes]) -> Callable[[list[Row]], list[tuple[bytes, bytes]]]:
+    """What makes rows: of each the degraded image and the ground truth, as PNG files."""
+    pool = ThreadPoolExecutor(THREADS)
 
     def make_rows(rows: list[Row]) -> list[tuple[bytes, bytes]]:
         groups = [list(tiles) for _, tiles in groupby(rows, key=pair_of)]
@@ -122,7 +130,7 @@ def build_low_level(args) -> None:
             made.append((encode_png(degraded[box]), encode_png(target[box])))
         return made
 
-    build(args, settings, instructions, columns, about, make_plan, make_rows)
+    return make_rows
 
 
 def plan_real(
