@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLD_VENV ?= .venv-old-libraries
 
-.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base demo test test-fast test-long test-old-libraries soak long-run lint bench clean
+.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base demo test test-fast test-long test-old-libraries soak long-run many-rows lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -78,6 +78,10 @@ soak: $(VENV)/.installed
 long-run: $(VENV)/.installed
 	rm -rf outputs/long-run
 	OMP_NUM_THREADS=1 $(BIN)/python tests/long_run.py --work_dir outputs/long-run
+
+# An update on 1,000 and on 100,000 rows, from disk and from a stream, some five minutes: does it take longer?
+many-rows: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.many_rows
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
