@@ -41,6 +41,7 @@ def opened(path: str | os.PathLike):
     system, inner = file_system(path)
     return system.open(inner)
 
+
 os.umask(_UMASK := os.umask(0))  # it cannot be asked for without being set
 
 
