@@ -95,8 +95,8 @@ class SampleOrder:
 
 
 def draw_subset(count: int, seed: int, groups: np.ndarray, mixed: int) -> np.ndarray:
-    """`count` of all rows, drawn with the seed, sorted. Of groups of these sizes, as few as hold so many are drawn
-    first, but at least `mixed` of them, so that not all have to be opened."""
+    """`count` of all rows, drawn with the seed, sorted. Of groups of these sizes as few as hold so many are drawn
+    first, but at least `mixed`, so that not all have to be opened."""
     rng = stream(seed, "subset")
     shuffled = rng.permutation(len(groups))
     enough = 1 + int(np.searchsorted(np.cumsum(groups[shuffled]), count))
