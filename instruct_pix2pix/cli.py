@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` and a wrong flag answer at once.
 import argparse
 import difflib
 import errno
+import itertools
 import math
 import os
 import re
@@ -75,7 +76,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
         words = []
-        for word, after in zip(args, [*args[1:], ""], strict=True):
+        for word, after in itertools.pairwise([*args, ""]):
             path = after if word == "--config" else word.removeprefix("--config=") if "--config=" in word[:9] else ""
             # The last word ends a flag of several values, which would take positional ones for its own.
             words += [*self._words(path), f"--config={path}"] if path else []

@@ -95,6 +95,10 @@ def test_a_file_that_is_not_there():
             build_parser("").parse_args(argv)
 
 
+def test_a_command_line_of_nothing():
+    assert vars(Parser("").parse_args([])) == {}
+
+
 def test_nothing_of_a_file_is_run(parse, tmp_path):
     parse(f"run_name: !!python/object/apply:os.mkdir [{tmp_path}/made]\n", *to_argv(NEEDED))
     assert not (tmp_path / "made").exists()

@@ -78,8 +78,9 @@ for task in "${tasks[@]}"; do
   wait "$task" || { code=$?; [ $code -le $worst ] || worst=$code; }
 done
 exit $worst"""
+# More hosts than a pipe holds, so that a reader who leaves early is noticed.
 SCONTROL = """case $1 in
-  show) echo "$NODES" ;;
+  show) echo "$NODES"; seq -f node%g 3 20000 ;;
   requeue) echo "requeue $2" >> "$RECORD.requeued" ;;
 esac"""
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_PER_TASK": "2", "NODES": "node1\nnode2"}
