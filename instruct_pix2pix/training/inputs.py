@@ -59,8 +59,11 @@ class WindowEncoder:
     the update before, which the host is ahead of.
     """
 
-    def __init__(self, config, device, tokenizer, text_encoder, vae, cache, alphas_cumprod, prediction_type: str):
-        self.base = None  # the frozen base model's UNet, where a dataset is replayed
+    def __init__(
+        self, config, device, tokenizer, text_encoder, vae, cache, alphas_cumprod, prediction_type: str, base=None
+    ):
+        """`base` is the frozen base model's UNet, where a dataset is replayed."""
+        self.base = base
         self.config, self.device, self.prediction_type = config, device, prediction_type
         self.tokenizer, self.text_encoder, self.vae, self.cache = tokenizer, text_encoder, vae, cache
         self.alphas_cumprod = alphas_cumprod.to(device)  # (T,)

@@ -359,17 +359,16 @@ def build(plan: Plan) -> Run:
         cache = latent_cache.open_cache(config, accelerator, plan.triples, tokenizer, text_encoder, vae)
 
     alphas_cumprod = DDPMScheduler.from_config(plan.configs["scheduler"]).alphas_cumprod
-    frozen = (tokenizer, text_encoder, vae)
-    make_inputs = WindowEncoder(config, accelerator.device, *frozen, cache, alphas_cumprod, plan.prediction_type)
+    frozen, base = (tokenizer, text_encoder, vae), None
+    if any(told["replay"] for told in plan.triples.told()):
+        # A copy, also beside adapters: conv_in, which they leave out, is trained in full.
+        base = sd.load_model(config, "unet").requires_grad_(False).eval().to(accelerator.device, frozen_dtype)
+    make_inputs = WindowEncoder(config, accelerator.device, *frozen, cache, alphas_cumprod, plan.prediction_type, base)
     held_out = HeldOut(plan, make_inputs) if plan.held_out_triples is not None else None
     if cache is not None:
         vae.to("cpu")
         text_encoder.to("cpu")
 
-    if any(told["replay"] for told in plan.triples.told()):
-        # A copy, also beside adapters: conv_in, which they leave out, is trained in full.
-        base = sd.load_model(config, "unet").requires_grad_(False).eval()
-        make_inputs.base = base.to(accelerator.device, frozen_dtype)
     unet = sd.load_unet(config, plan.checkpoint)
     if config.compile and config.enable_xformers_memory_efficient_attention:
         logger.info("--compile: PyTorch's attention, as lean as xformers', which the compiler cannot look into")
