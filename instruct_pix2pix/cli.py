@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -99,8 +100,7 @@ class Parser(argparse.ArgumentParser):
         words = []
         for name, node in given.items():
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-                raise UserError(f"{path}: {name}: no such flag; the nearest is {nearest}")
+                raise UserError(f"{path}: {name}: no such flag; the nearest is {nearest(name, known)}")
             try:
                 words += self._words_of_flag(known[name], node)
             except argparse.ArgumentError as error:
@@ -149,6 +149,17 @@ def whole_number(least: int):
     return convert
 
 
+def above_zero(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give a number above 0")
+    return value
+
+
 def guidance(text: str) -> float:
     """An argparse type: a guidance scale, a finite number of at least 0."""
     try:
@@ -192,6 +203,11 @@ def run(main, argv: list[str] | None = None, stopped: str = "the same command go
         # signals to the trainer and would be waited for without end.
         traceback.print_exc()
         sys.exit(1)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Of the known names the one that a mistaken `name` is most like."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
 
 
 def _room(path: str) -> str:

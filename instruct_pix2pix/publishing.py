@@ -142,7 +142,7 @@ def export_checkpoint(checkpoint: str | os.PathLike, output_dir: Path, name: str
     check_finite(unet)
     flags = state["flags"]
     summary = {"steps": state["step"], "images": state["samples_seen"]}
-    summary |= {name: state.get(name) for name in ("device", "commit")}
+    summary |= {name: state.get(name) for name in ("device", "commit", "mixture")}
     with contextlib.suppress(OSError, ValueError):  # the run's own, where this was its last update
         run = json.loads((Path(config.output_dir) / SUMMARY_FILE).read_text(encoding="utf-8"))
         summary = run if run["steps"] == state["step"] else summary
@@ -357,19 +357,33 @@ def card_licence(name: str, kind: str = "model") -> str | None:
     return licence if isinstance(licence, str) else None
 
 
+def _told_of_data(config, mixture: list[dict]) -> tuple[list[str], str, str]:
+    """Hub ids, names and licences, as the card has them, of the data: one dataset, two folders, or what a `mixture`
+    says of its datasets."""
+    data = config.dataset_name or config.train_data_dir
+    names = [told["dataset"] for told in mixture] or ([data] if data else [config.original_dir, config.edited_dir])
+    shown = [as_code(for_others(name)) for name in names]
+    licences = [card_licence(name, "dataset") if mixture or data else None for name in names]
+    licences = [as_text(licence or "not stated there, so unknown") for licence in licences]
+    if not mixture:
+        return list(filter(None, [_hub_id(data)])), " and ".join(shown), licences[0]
+    shares = [f"({told['share']:.1%} of the samples{', replayed' if told['replay'] else ''})" for told in mixture]
+    facts = zip(shown, shares, licences, strict=True)
+    told, licences = zip(*((f"{name} {share}", f"{licence} ({name})") for name, share, licence in facts), strict=True)
+    return list(filter(None, map(_hub_id, names))), " and ".join(told), ", ".join(licences)
+
+
 def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruction: str, shown=(), results=()) -> str:
     """The card's text: base model, data, licences, a snippet that runs, the settings, `shown` and `results`, which are
     what `evidence.gather` gives, limits and what training took."""
-    base, data = config.pretrained_model_name_or_path, config.dataset_name or config.train_data_dir
-    base_id, data_id = _hub_id(base), _hub_id(data)
-    folders = [] if data else [config.original_dir, config.edited_dir]
-    trained_on = " and ".join(as_code(for_others(name)) for name in folders or [data])
-    licence, data_licence = card_licence(base), card_licence(data, "dataset") if data else None
+    base = config.pretrained_model_name_or_path
+    data_ids, trained_on, data_licence = _told_of_data(config, summary.get("mixture") or [])
+    base_id, licence = _hub_id(base), card_licence(base)
     name = repo_id or for_others(config.output_dir)
     metadata = ModelCardData(
         license=licence if licence and re.fullmatch(r"[a-z0-9.+-]+", licence) else "other",
         base_model=base_id,
-        datasets=[data_id] if data_id else None,
+        datasets=data_ids or None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
         tags=["instruct-pix2pix", "stable-diffusion", "diffusers", "instruction-tuning"],
@@ -380,7 +394,11 @@ def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruct
         flag: as_code(value).replace("|", r"\|") for flag, value in hide_paths(flags).items() if value is not None
     }
     lines = [f"| `--{flag}` | {value} |" for flag, value in values.items()]
-    took = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in summary.items() if value is not None)
+    took = ", ".join(
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in summary.items()
+        if value is not None and name != "mixture"
+    )
     setting = editing.usual_setting(config)
     return f"""---
 {metadata.to_yaml()}
@@ -391,7 +409,7 @@ def model_card(config, flags: dict, summary: dict, repo_id: str | None, instruct
 A Stable Diffusion model that edits images by instruction. Its UNet was trained with the InstructPix2Pix objective
 ([Brooks et al. 2023](https://arxiv.org/abs/2211.09800)), starting from {as_code(for_others(base))}, on
 {trained_on}. Its licence follows the base model's: {as_text(licence or "not stated there, so unknown")}.
-The dataset has a licence of its own: {as_text(data_licence or "not stated there, so unknown")}.
+{"Each" if summary.get("mixture") else "The"} dataset has a licence of its own: {data_licence}.
 
 ## Use
 

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import RowError, UserError
 from instruct_pix2pix.data.geometry import crop_is_fixed, crop_pair
-from instruct_pix2pix.data.order import SampleOrder, stream
+from instruct_pix2pix.data.order import stream
 from instruct_pix2pix.data.rows import Files
 from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, open_pair, to_unit_range
 from instruct_pix2pix.files import fingerprint, free_space, in_megabytes, write_json, written_whole
@@ -110,7 +110,7 @@ class CachedTriples(torch.utils.data.Dataset):
     def __init__(self, cache: LatentCache, triples: Triples, args, latent_shape, num_timesteps: int):
         self.args, self.triples, self.wordings, self.bad = args, triples, cache.wordings, cache.bad
         self.latent_shape, self.num_timesteps = latent_shape, num_timesteps
-        self.order = SampleOrder(len(triples), args.seed)
+        self.order = triples.order(args.seed)
 
     def __getitem__(self, position: int) -> dict:
         args = self.args
@@ -126,6 +126,7 @@ class CachedTriples(torch.utils.data.Dataset):
             "row": torch.tensor(index),
             "variant": torch.tensor(variant),
             "text": torch.tensor(wordings[wording]),
+            "replay": torch.tensor(self.triples.is_replayed(index)),
             "skipped": skipped,
             **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),
         }
@@ -150,7 +151,8 @@ class RowVariants(torch.utils.data.Dataset):
         sides = ([], [])
         for crop in range(args.cached_crops or 1):
             rng = stream(args.seed, "augmentation", crop, row_index)
-            cut = crop_pair(*pair, args.resolution, args.image_geometry, args.center_crop, False, rng)
+            geometry = self.triples.part_of(row_index)[0].geometry
+            cut = crop_pair(*pair, args.resolution, geometry, args.center_crop, False, rng)
             for side, pixels in zip(sides, cut, strict=True):
                 side.extend([pixels, pixels[:, ::-1]] if args.random_flip else [pixels])
         return *(torch.from_numpy(np.stack(side).transpose(0, 3, 1, 2).copy()) for side in sides), None
@@ -221,16 +223,17 @@ def _describe_content(args, triples, instructions, ids, text_encoder, vae, accel
     data = hashlib.blake2b(digest_size=16)
     bar = {"desc": "Fingerprinting pairs", "unit": "pair", "disable": not accelerator.is_local_main_process}
     for index in tqdm(triples.indices, leave=False, **bar):
-        row = triples.rows[int(index)]
-        for column in (triples.original_image, triples.edited_image):
-            data.update(hashlib.blake2b(_image_bytes(triples.files, row[column]), digest_size=16).digest())
-    geometry = ("resolution", "image_geometry", "center_crop", "random_flip")
+        part, place = triples.part_of(int(index))
+        row = part.rows[place]
+        for column in (part.original_image, part.edited_image):
+            data.update(hashlib.blake2b(_image_bytes(part.files, row[column]), digest_size=16).digest())
+    geometry = {name: getattr(args, name) for name in ("resolution", "center_crop", "random_flip")}
     return {
         "layout": LAYOUT,
         "images": data.hexdigest(),
         "most pixels of an image": pixel_limit(),
         "instructions": fingerprint([instructions, ids.tolist()]),
-        "geometry": {**{name: getattr(args, name) for name in geometry}, "crops": args.cached_crops or 1},
+        "geometry": {**geometry, "image_geometry": triples.geometry, "crops": args.cached_crops or 1},
         "seed of the crops": None
         if crop_is_fixed(args.image_geometry, args.center_crop)
         else [args.seed, fingerprint(triples.indices.tolist())],

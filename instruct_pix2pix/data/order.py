@@ -20,6 +20,7 @@ STREAMS = {
     "subset": 6,
     "substitute": 7,
     "groups": 8,
+    "mixture": 9,
 }
 SUBSTITUTES = 1000  # rows that are tried in the place of one that cannot be used
 
@@ -103,6 +104,51 @@ def draw_subset(count: int, seed: int, groups: np.ndarray, mixed: int) -> np.nda
     firsts = np.cumsum(groups) - groups
     rows = [np.arange(groups[group]) + firsts[group] for group in np.sort(shuffled[: max(enough, mixed)])]
     return np.sort(rng.permutation(np.concatenate(rows))[:count])
+
+
+class MixtureOrder:
+    """The endless stream of several datasets, the rows of the first counted first: in an epoch of sum(counts) samples
+    counts[n] turns are dataset n's.
+
+    Whose turn it is, is shuffled anew in every epoch. A dataset goes on in its own order, `orders[n]`, where it stood:
+    each of its rows comes once before one comes again, however its turns and its rows divide. Its n-th turn in all
+    epochs is position n of its own order, so this, too, is arithmetic.
+    """
+
+    def __init__(self, orders: list[SampleOrder], counts: np.ndarray, seed: int):
+        self.orders, self.counts, self.seed = orders, counts, seed
+        self.num_rows = int(counts.sum())  # of an epoch
+        sizes = np.array([order.num_rows for order in orders])
+        self.firsts = np.cumsum(sizes) - sizes
+        self._epoch = -1
+
+    def candidates(self, position: int) -> Iterator[tuple[int, int]]:
+        """As SampleOrder's: epochs are the dataset's own, and what stands in for a row is of its dataset."""
+        epoch, index = divmod(position, self.num_rows)
+        if epoch != self._epoch:
+            turns = np.repeat(np.arange(len(self.counts)), self.counts)
+            self._turns = stream(self.seed, "mixture", epoch).permutation(turns)
+            self._before = np.empty_like(turns)  # of the same dataset's turns, those earlier in the epoch
+            self._before[np.argsort(self._turns, kind="stable")] = np.concatenate([np.arange(n) for n in self.counts])
+            self._epoch = epoch
+        dataset = int(self._turns[index])
+        own = epoch * int(self.counts[dataset]) + int(self._before[index])
+        for epoch, row in self.orders[dataset].candidates(own):
+            yield epoch, int(self.firsts[dataset]) + row
+
+
+def mixing_counts(rows: np.ndarray, weights: np.ndarray, caps: np.ndarray, temperature: float) -> np.ndarray:
+    """(D,) how many samples of an epoch, which has rows.sum() of them, are each dataset's.
+
+    Dataset m's share is proportional to w_m min(e_m, K_m)^(1/T), e_m its rows, K_m its cap (inf for none), T the
+    temperature (examples-proportional mixing, Raffel et al. 2020, section 3.5.2, with weights w_m beside).
+    """
+    rates = weights * np.minimum(rows, caps) ** (1 / temperature)
+    exact = rows.sum() * rates / rates.sum()
+    counts = np.floor(exact).astype(int)
+    largest_remainders = np.argsort(counts - exact, kind="stable")[: rows.sum() - counts.sum()]
+    counts[largest_remainders] += 1
+    return counts
 
 
 def window_positions(

@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from instruct_pix2pix.cli import UserError, warn
+from instruct_pix2pix.cli import Parser, UserError, above_zero, nearest, warn, whole_number
+from instruct_pix2pix.data.geometry import GEOMETRIES
 from instruct_pix2pix.data.pairing import SPLIT_NAMES
 from instruct_pix2pix.images import add_pixel_limit
 
@@ -107,6 +108,71 @@ def source_of(args: argparse.Namespace, *flags: str, **options) -> Source:
         check_all=args.check_rows == "all",
         **options,
     )
+
+
+# ---- mixtures
+
+# What a dataset of a mixture may say, most of it by the flag that says it for a single one; and the mixture of all.
+OF_ONE = ("dataset_name", "original_dir", "edited_dir", "dataset_config_name", "split", "instruction")
+OF_ONE += ("original_image_column", "edit_prompt_column", "edited_image_column", "image_geometry", "max_train_samples")
+OF_ONE += ("weight", "cap", "replay")
+OF_ALL = ("datasets", "temperature", "cap")
+
+
+def read_mixture(args: argparse.Namespace, **options) -> list[argparse.Namespace]:
+    """The datasets that the file of --dataset_mixture names: of each the flags of a single dataset, those that it
+    leaves out as the command line has them, beside weight, cap (None for none), temperature, replay and `source`, a
+    Source with these `options`. Raises UserError in one line for what the file has wrong."""
+    import yaml
+
+    path, mistake = args.dataset_mixture, f"--dataset_mixture: {args.dataset_mixture}"
+    for other in ("dataset_name", "train_data_dir", "original_dir", "edited_dir"):
+        if getattr(args, other):
+            raise UserError(f"--dataset_mixture: given beside --{other}; name one of them")
+    try:
+        # Values stay as they are written, for the flags' own types to read.
+        content = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{mistake} cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict) or not content.get("datasets") or not isinstance(content["datasets"], list):
+        raise UserError(f"{mistake} has no list of `datasets`; see docs/mixtures.md")
+    parser = Parser("a dataset", add_help=False)
+    add_source_flags(parser)
+    add = parser.add_argument
+    add("--dataset_name")
+    add("--image_geometry", choices=GEOMETRIES)
+    add("--max_train_samples", type=whole_number(1))
+    add("--weight", type=above_zero, default=1.0)
+    add("--cap", type=whole_number(1))
+    add("--temperature", type=above_zero, default=1.0)
+    add("--replay", type=str.lower, choices=("true", "false"), default="false")
+    parser.set_defaults(**vars(args))
+    common = _read_keys({k: v for k, v in content.items() if k != "datasets"}, OF_ALL, parser, mistake)
+    entries = []
+    for number, entry in enumerate(content["datasets"], 1):
+        where = f"{mistake}: dataset {number}"
+        read = _read_keys(entry, OF_ONE, parser, where)
+        read.replay, read.cap, read.temperature = read.replay == "true", read.cap or common.cap, common.temperature
+        try:
+            read.source = source_of(read, "--dataset_name", **options)
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix('--')}") from None
+        entries.append(read)
+    return entries
+
+
+def _read_keys(entry: dict | list | str, known: tuple[str, ...], parser: Parser, where: str) -> argparse.Namespace:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: {entry!r} is no dataset; write `- dataset_name: ...`")
+    for key, value in entry.items():
+        if key not in known:
+            raise UserError(f"{where}: {key} is no key; the nearest is {nearest(key, known)}")
+        if not isinstance(value, str):
+            raise UserError(f"{where}: {key} takes one value")
+    try:
+        return parser.parse_args([f"--{key}={value}" for key, value in entry.items()])
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('--').removesuffix('; see --help')}") from None
 
 
 def choose_split(available: Iterable[str], source: Source) -> str:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import RowError, SourceLost, UserError
 from instruct_pix2pix.data.geometry import align_original, alignment, crop_pair
-from instruct_pix2pix.data.order import SampleOrder, draw_subset, stream
+from instruct_pix2pix.data.order import MixtureOrder, SampleOrder, draw_subset, stream
 from instruct_pix2pix.data.rows import Files, find_rows
 from instruct_pix2pix.data.sources import COLUMN_NAMES, TASK_COLUMN, Source
 from instruct_pix2pix.data.streaming import GROUPS_MIXED, StreamedTable
@@ -52,6 +52,7 @@ class Triples:
     counts: dict  # of the files that a local layout found, see layouts.Table
     left_out: list[dict]  # {"file", "reason"} of files that became no row
     bad: dict[int, str] = field(default_factory=dict)  # rows found so far that cannot be used -> why
+    first_row: int | None = None  # in a mixture, the number there of this one's first row
 
     def __post_init__(self):
         self._texts = None if self.edit_prompt is None else self._light([self.edit_prompt])
@@ -72,8 +73,26 @@ class Triples:
         return np.diff(np.searchsorted(self.indices, np.append(self.rows.firsts, len(self.rows))))
 
     def order(self, seed: int) -> SampleOrder:
-        """The order in which the places in `indices` are trained on."""
-        return SampleOrder(len(self), seed, self.group_sizes(), GROUPS_MIXED)
+        """The order in which the places in `indices` are trained on; of a stream it fetches what comes next."""
+        order = SampleOrder(len(self), seed, self.group_sizes(), GROUPS_MIXED)
+        order.announce = getattr(self.rows, "expect", None)
+        return order
+
+    def part_of(self, index: int) -> tuple["Triples", int]:
+        """The dataset that a row is of, and its number there: of what is no mixture, both as they are."""
+        return self, index
+
+    def is_replayed(self, place: int) -> bool:
+        """Whether the target of a place in `indices` is not its edited image, but what the frozen base predicts."""
+        return False
+
+    def told(self) -> list[dict]:
+        """What log, checkpoint and card say of each dataset of a mixture; this is none."""
+        return []
+
+    def described(self) -> dict:
+        """What else the dry run shows."""
+        return {f"{role}_column": getattr(self, role) for role in ("original_image", "edit_prompt", "edited_image")}
 
     def instructions(self, index: int) -> list[str]:
         """The wordings of a row: its string, its list of strings, or its class's name. Raises RowError for others."""
@@ -119,7 +138,13 @@ class Triples:
     def row_error(self, index: int, column: str, problem: str) -> RowError:
         error = RowError(f"{self.source}: row {index}, column {column}: {problem}")
         error.row, error.reason = int(index), f"column {column}: {problem}"
+        if self.first_row is not None:
+            error.row, error.reason = self.in_mixture(error.row, error.reason)
         return error
+
+    def in_mixture(self, index: int, reason: str) -> tuple[int, str]:
+        """The number of a row in the mixture that this dataset is of, and why it cannot be used, with its name here."""
+        return self.first_row + index, f"row {index} of {self.source}: {reason}"
 
     def leave_out(self, found: Iterable[tuple[int, str]]) -> None:
         """Note rows that cannot be used, each with the reason, and say so of those not known yet."""
@@ -235,6 +260,7 @@ class TripleDataset(torch.utils.data.Dataset):
     A sample holds
         original, edited    uint8   (3, R, R)
         instruction         str
+        replay              bool    whether the target is what the frozen base predicts
         noise               float32 (C, h, w)   the diffusion's epsilon
         posterior_noise     float32 (C, h, w)   samples the VAE's posterior of the edited image
         timestep            int     [0, T)
@@ -250,7 +276,6 @@ class TripleDataset(torch.utils.data.Dataset):
         self.triples, self.args = triples, args
         self.latent_shape, self.num_timesteps = latent_shape, num_timesteps
         self.order = triples.order(args.seed)
-        self.order.announce = getattr(triples.rows, "expect", None)
         self.bad = dict(triples.bad)  # not decoded again; its own, so that what is found here is news to the trainer
 
     def __getitem__(self, position: int) -> dict | UserError:
@@ -276,7 +301,7 @@ class TripleDataset(torch.utils.data.Dataset):
             original,
             edited,
             args.resolution,
-            args.image_geometry,
+            triples.part_of(row_index)[0].geometry,
             args.center_crop,
             args.random_flip,
             stream(args.seed, "augmentation", epoch, row_index),
@@ -286,13 +311,14 @@ class TripleDataset(torch.utils.data.Dataset):
             "original": torch.from_numpy(np.ascontiguousarray(original.transpose(2, 0, 1))),
             "edited": torch.from_numpy(np.ascontiguousarray(edited.transpose(2, 0, 1))),
             "instruction": wordings[wording],
+            "replay": torch.tensor(triples.is_replayed(index)),
             "skipped": skipped,
             **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),
         }
 
 
 def first_usable(
-    triples: Triples, order: SampleOrder, position: int, reason: Callable[[int], str | None]
+    triples: Triples, order: SampleOrder | MixtureOrder, position: int, reason: Callable[[int], str | None]
 ) -> tuple[int, int, list[tuple[int, str]]]:
     """(epoch, place in `indices`) of the row at a position, or of the first to stand in for it, and the rows that could
     not be used. `reason(place)` says why a row cannot be used, None where it can. Raises RowError."""
@@ -311,6 +337,7 @@ def open_pair(triples: Triples, row_index: int) -> tuple[list[str], Image.Image,
     """Wordings, original and edited image of a row: RGB, the original brought to the edited image's size, unless the
     geometry takes each by itself. Raises RowError for a row that cannot be used.
     """
+    triples, row_index = triples.part_of(row_index)
     wordings = triples.instructions(row_index)
     original, edited = _both(triples, row_index, read_image, "cannot be decoded")
     try:

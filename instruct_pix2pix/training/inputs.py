@@ -59,7 +59,11 @@ class WindowEncoder:
     the update before, which the host is ahead of.
     """
 
-    def __init__(self, config, device, tokenizer, text_encoder, vae, cache, alphas_cumprod, prediction_type: str):
+    def __init__(
+        self, config, device, tokenizer, text_encoder, vae, cache, alphas_cumprod, prediction_type: str, base=None
+    ):
+        """`base` is the frozen base model's UNet, where a dataset is replayed."""
+        self.base = base
         self.config, self.device, self.prediction_type = config, device, prediction_type
         self.tokenizer, self.text_encoder, self.vae, self.cache = tokenizer, text_encoder, vae, cache
         self.alphas_cumprod = alphas_cumprod.to(device)  # (T,)
@@ -90,7 +94,18 @@ class WindowEncoder:
         elif config.debiased_estimation_loss:
             weights = debiased_weights(*schedule, self.prediction_type)
         inputs = self.add_noise(text, image_latents, latents, moved["noise"], moved["timesteps"])
+        if self.base is not None:
+            self._replay(inputs, window["replay"].nonzero().flatten())
         return inputs | {"weights": weights}
+
+    def _replay(self, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> None:
+        """Put what the base predicts of the same inputs into the target of some samples: a model that learns something
+        else beside keeps what the base does of them (learning without forgetting, Li and Hoiem 2016, section 3)."""
+        for chosen in places.split(self.config.train_batch_size):
+            chosen = chosen.to(self.device, non_blocking=True)
+            noisy, text = (inputs[name][chosen].to(self.base.dtype) for name in ("noisy", "text"))
+            prediction = self.base(noisy, inputs["timesteps"][chosen], text, return_dict=False)[0]
+            inputs["target"][chosen] = prediction.to(inputs["target"].dtype)
 
     def add_noise(self, text, image_latents, latents, noise, timesteps) -> dict[str, torch.Tensor]:
         """What the UNet sees and has to predict of clean latents: all that a call returns but the weights."""
@@ -124,6 +139,7 @@ class WindowEncoder:
         latents = torch.zeros(size, self.vae.config.latent_channels, latent_side, latent_side)
         zeros = torch.zeros(size, dtype=torch.long)
         window = {"noise": latents, "posterior_noise": latents, "timesteps": zeros, "dropout": torch.ones(size)}
+        window["replay"] = torch.ones(size, dtype=torch.bool)
         if self.cache is not None:
             return window | {"row": zeros, "variant": zeros, "text": zeros}
         pixels = torch.zeros(size, 3, config.resolution, config.resolution, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from pathlib import Path
 from instruct_pix2pix import editing
 from instruct_pix2pix.cli import Parser, UserError
 from instruct_pix2pix.data.geometry import GEOMETRIES, crop_is_fixed
-from instruct_pix2pix.data.sources import add_source_flags, source_of
+from instruct_pix2pix.data.sources import add_source_flags, read_mixture, source_of
 from instruct_pix2pix.images import is_url
 
 LR_SCHEDULERS = (
@@ -105,6 +105,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         " with image paths or addresses, two folders of equal file names, zip and tar (docs/data.md).",
     )
     add("--train_data_dir", help="The same for a local folder or file. Ignored with --dataset_name.")
+    add(
+        "--dataset_mixture",
+        metavar="FILE",
+        help="Instead of one dataset a YAML file of several, each with its weight, columns and instructions; what a"
+        " model knows already can be replayed, so as not to be forgotten (docs/mixtures.md).",
+    )
     add_source_flags(data)
     add("--max_train_samples", type=int, help="Train on this many rows, drawn with the seed.")
     add(
@@ -315,7 +321,12 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
 
 def check(args: argparse.Namespace) -> None:
     """Every check that needs neither a model nor data nor a heavy import."""
-    source_of(args, "--dataset_name", "--train_data_dir")
+    if args.dataset_mixture:
+        read_mixture(args)
+    else:
+        source_of(args, "--dataset_name", "--train_data_dir")
+    if args.dataset_mixture and args.validation_split and not args.validation_dataset:
+        raise UserError("--validation_split: of a mixture; name one of its datasets with --validation_dataset as well")
     at_least_one = [
         "resolution",
         "train_batch_size",

@@ -19,7 +19,8 @@ from PIL import Image
 from instruct_pix2pix import editing, hub, publishing
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data import latent_cache
-from instruct_pix2pix.data.sources import source_of
+from instruct_pix2pix.data.mixtures import load_mixture
+from instruct_pix2pix.data.sources import Source, read_mixture, source_of
 from instruct_pix2pix.data.triples import Triples, diffusion_draws, first_usable, load_triples
 from instruct_pix2pix.files import check_folder, free_space
 from instruct_pix2pix.models import adapters, sd
@@ -176,21 +177,25 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     sd.check_channels(configs, expected_in_channels, args.pretrained_model_name_or_path)
     latent_side = sd.check_resolution(configs, args.resolution)
     with accelerator.local_main_process_first():
-        options = {"cache_dir": args.cache_dir, "token": args.hub_token}
-        options |= {"streaming": args.streaming, "stream_cache": args.stream_cache_gb * 1e9}
-        source = source_of(args, "--dataset_name", "--train_data_dir", **options)
-        geometry = args.image_geometry
-        triples = load_triples(source, seed, args.max_train_samples, accelerator.is_local_main_process, geometry)
+        triples, sources = _load_rows(args, seed, accelerator.is_local_main_process)
+    replayed = [told["dataset"] for told in triples.told() if told["replay"]]
+    if replayed and configs["unet"]["in_channels"] != 8:
+        raise UserError(
+            f"--dataset_mixture: {replayed[0]} is to be replayed, but {args.pretrained_model_name_or_path} edits no"
+            " images yet; leave replay out, or fine-tune a model that does"
+        )
     config = resolve(args, accelerator, seed, rows=len(triples))
     optimizers.check(config)
     _say_what_is_unusual(config)
     if checkpoint is not None:
         _say_what_changed(config, state)
+        if (before := state.get("mixture", [])) != triples.told():
+            logger.warning("the mixture differs from the checkpoint's: %s -> %s", before, triples.told())
     space_needed = _space_needed(config, configs, state["step"])
     validation_images, held_out_triples, recommended, repo_id = [], None, None, None
     if accelerator.is_main_process:
         check_folder("--output_dir", output_dir, space_needed, "what training writes (checkpoints and the pipeline)")
-        held_out_triples = load_held_out(config, source)
+        held_out_triples = load_held_out(config, sources)
     if not config.dry_run and accelerator.is_main_process:
         validation_images = load_validation_images(config, multiple=sd.resolution_multiple(configs))
         if configs["unet"]["in_channels"] == 8 and (validation_images or held_out_triples):
@@ -216,6 +221,17 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
     )
 
 
+def _load_rows(args, seed: int, show_progress: bool) -> tuple[Triples, list[Source]]:
+    """The rows to train on, and the dataset or datasets that they are of."""
+    options = {"cache_dir": args.cache_dir, "token": args.hub_token}
+    options |= {"streaming": args.streaming, "stream_cache": args.stream_cache_gb * 1e9}
+    if args.dataset_mixture:
+        entries = read_mixture(args, **options)
+        return load_mixture(args, entries, seed, show_progress), [entry.source for entry in entries]
+    source = source_of(args, "--dataset_name", "--train_data_dir", **options)
+    return load_triples(source, seed, args.max_train_samples, show_progress, args.image_geometry), [source]
+
+
 def print_dry_run(plan: Plan) -> None:
     """The resolved flags and what follows from them, as JSON."""
     config, triples = plan.config, plan.triples
@@ -225,9 +241,7 @@ def print_dry_run(plan: Plan) -> None:
             "rows": len(triples),
             "rows_that_cannot_be_used": len(triples.bad),
             **({"files": triples.counts} if triples.counts else {}),
-            "original_image_column": triples.original_image,
-            "edit_prompt_column": triples.edit_prompt,
-            "edited_image_column": triples.edited_image,
+            **triples.described(),
             "instructions_cut": plan.cut_instructions,
         },
         "processes": plan.accelerator.num_processes,
@@ -363,8 +377,11 @@ def build(plan: Plan) -> Run:
         cache = latent_cache.open_cache(config, accelerator, plan.triples, tokenizer, text_encoder, vae)
 
     alphas_cumprod = DDPMScheduler.from_config(plan.configs["scheduler"]).alphas_cumprod
-    frozen = (tokenizer, text_encoder, vae)
-    make_inputs = WindowEncoder(config, accelerator.device, *frozen, cache, alphas_cumprod, plan.prediction_type)
+    frozen, base = (tokenizer, text_encoder, vae), None
+    if any(told["replay"] for told in plan.triples.told()):
+        # A copy, also beside adapters: conv_in, which they leave out, is trained in full.
+        base = sd.load_model(config, "unet").requires_grad_(False).eval().to(accelerator.device, frozen_dtype)
+    make_inputs = WindowEncoder(config, accelerator.device, *frozen, cache, alphas_cumprod, plan.prediction_type, base)
     held_out = HeldOut(plan, make_inputs) if plan.held_out_triples is not None else None
     if cache is not None:
         vae.to("cpu")

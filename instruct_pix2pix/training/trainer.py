@@ -111,6 +111,7 @@ def run_updates(run: Run) -> dict:
         "train_seconds": round(time.perf_counter() - started, 1),
         "images_per_update": run.images_per_update,
         "epochs": round(run.epoch(last), 2),
+        **({"mixture": told} if (told := run.triples.told()) else {}),
         "device": _device_name(accelerator),
         "peak_memory_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if on_gpu else None,
         "commit": evidence.code_commit(),
@@ -142,7 +143,8 @@ def write_checkpoint(run: Run, step: int, found: dict[str, float]) -> None:
         "seed": config.seed,
         "loss_scaler": scaler.state_dict() if scaler is not None else None,
         "flags": resolved(config),
-        "instruction": run.triples.first_instruction,  # this and the next two for the card of an export
+        "mixture": run.triples.told(),  # this and the next three for the card of an export
+        "instruction": run.triples.first_instruction,
         "device": _device_name(run.accelerator),
         "commit": evidence.code_commit(),
     }

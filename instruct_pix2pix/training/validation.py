@@ -14,7 +14,7 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.cli import RowError, UserError
 from instruct_pix2pix.data.geometry import crop_pair
 from instruct_pix2pix.data.order import stream
-from instruct_pix2pix.data.sources import Source
+from instruct_pix2pix.data.sources import Source, source_of
 from instruct_pix2pix.data.triples import Triples, load_triples, open_pair
 from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.evaluation.metrics import psnr, ssim
@@ -56,16 +56,20 @@ def load_validation_images(config, multiple: int) -> list[tuple[Image.Image, str
     return loaded
 
 
-def load_held_out(config, source: Source) -> Triples | None:
-    """The rows of --validation_dataset or of --validation_split of the training set, `source`; None without both.
-    Raises UserError for what cannot be read, or is trained on."""
+def load_held_out(config, sources: list[Source]) -> Triples | None:
+    """The rows of --validation_dataset or of --validation_split of the training set, `sources`, which is one then; None
+    without both. Beside a mixture they are read by the command line's flags, not by those of its datasets. Raises
+    UserError for what cannot be read, or is trained on."""
     other, split = config.validation_dataset, config.validation_split
     if not other and not split:
         return None
     flag = "--validation_dataset" if other else "--validation_split"
-    if other in (None, source.name) and (split or "train") == (source.split or "train"):
-        raise UserError(f"{flag}: {other or split} is trained on; name a split that is held out")
-    held_out = replace(source, flag=flag, split=split)
+    for source in sources:
+        if other in (None, source.name) and (split or "train") == (source.split or "train"):
+            raise UserError(f"{flag}: {other or split} is trained on; name a split that is held out")
+    if config.dataset_mixture:
+        source = source_of(argparse.Namespace(**{**vars(config), "dataset_name": other}), "--dataset_name")
+    held_out = replace(source, flag=flag, split=split, cache_dir=config.cache_dir, token=config.hub_token)
     if other:
         held_out = replace(held_out, name=other, edited_dir=None, config_name=None, streaming="://" in other)
     return load_triples(held_out, ANY_RUN, config.max_validation_samples, False, config.image_geometry)
