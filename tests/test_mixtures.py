@@ -97,6 +97,8 @@ def test_a_mixture_of_one_is_the_dataset():
         ([600, 400], [1, 3], [np.inf, np.inf], 1, [333, 667]),
         ([900, 100], [1, 1], [100, 100], 1, [500, 500]),  # the cap of the T5 paper
         ([900, 100], [1, 1], [np.inf, np.inf], 2, [750, 250]),  # sqrt: 3 to 1
+        ([900, 100], [1, 1], [np.inf, np.inf], 1e-3, [1000, 0]),  # the largest alone
+        ([900, 100], [1e308, 1e308], [np.inf, np.inf], 1, [900, 100]),
         ([5, 5, 5], [1, 1, 1], [np.inf] * 3, 1, [5, 5, 5]),
         ([4, 4, 2], [1, 1, 1], [1, 1, 1], 1, [4, 3, 3]),  # nothing is lost to rounding
     ],
@@ -147,6 +149,18 @@ def test_resuming_a_mixture_with_replay_is_exact(flags, mixed_run, tmp_path):
     copy_tree(whole / "checkpoint-2", tmp_path / "halved" / "checkpoint-2")
     halved = mixed_run(name="halved", resume_from_checkpoint="latest", **flags)
     assert_same_tensors(whole / UNET, halved / UNET)
+
+
+@pytest.mark.parametrize("flags", [{}, {"cached_crops": 1}])
+def test_the_log_has_the_loss_of_each_dataset(flags, mixed_run, small_run):
+    """Of the replayed one nothing in the first update, as the base has nothing to learn from itself."""
+    output_dir = mixed_run(second={"replay": "true"}, max_train_steps=3, train_batch_size=8, **flags)
+    entries = list(map(json.loads, (output_dir / "training_log.jsonl").read_text().splitlines()))
+    assert entries[0]["loss_dataset1"] > 1e-3 and entries[0]["loss_dataset2"] < 1e-10
+    share = 8 * entries[0]["loss"] / entries[0]["loss_dataset1"]  # samples of the first among the update's eight
+    assert share == pytest.approx(round(share), abs=1e-4) and 0 < round(share) < 8
+    alone = (small_run(name="alone", max_train_steps=1) / "training_log.jsonl").read_text()
+    assert "loss_q" in alone and "loss_dataset" not in alone
 
 
 def test_a_changed_mixture_is_said_when_a_run_goes_on(mixed_run, caplog):

@@ -126,6 +126,7 @@ class CachedTriples(torch.utils.data.Dataset):
             "row": torch.tensor(index),
             "variant": torch.tensor(variant),
             "text": torch.tensor(wordings[wording]),
+            "dataset": torch.tensor(self.triples.dataset_of(index)),
             "replay": torch.tensor(self.triples.is_replayed(index)),
             "skipped": skipped,
             **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),

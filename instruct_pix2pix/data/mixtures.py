@@ -31,7 +31,7 @@ class Mixture(Triples):
         self.left_out = [entry for part in parts for entry in part.left_out]
         self.on_bad_row, self.counts = parts[0].on_bad_row, {}
         self.geometry = [[part.geometry, len(part)] for part in parts]
-        self.replayed = np.repeat([entry.replay for entry in entries], self.sizes)
+        self.datasets = np.repeat(np.arange(len(parts)), self.sizes)
         caps = np.array([entry.cap or np.inf for entry in entries])
         weights = np.array([entry.weight for entry in entries])
         self.samples = mixing_counts(self.sizes, weights, caps, entries[0].temperature)
@@ -53,8 +53,11 @@ class Mixture(Triples):
         orders = [part.order(seed + number) for number, part in enumerate(self.parts)]
         return MixtureOrder(orders, self.samples, seed)
 
+    def dataset_of(self, place: int) -> int:
+        return int(self.datasets[place])
+
     def is_replayed(self, place: int) -> bool:
-        return bool(self.replayed[place])
+        return self.entries[self.dataset_of(place)].replay
 
     def described(self) -> dict:
         columns = [part.described() for part in self.parts]

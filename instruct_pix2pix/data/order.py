@@ -143,7 +143,9 @@ def mixing_counts(rows: np.ndarray, weights: np.ndarray, caps: np.ndarray, tempe
     Dataset m's share is proportional to w_m min(e_m, K_m)^(1/T), e_m its rows, K_m its cap (inf for none), T the
     temperature (examples-proportional mixing, Raffel et al. 2020, section 3.5.2, with weights w_m beside).
     """
-    rates = weights * np.minimum(rows, caps) ** (1 / temperature)
+    sizes = np.minimum(rows, caps)
+    # Of the largest, or a low temperature's power and a large weight overflow.
+    rates = weights / weights.max() * (sizes / sizes.max()) ** (1 / temperature)
     exact = rows.sum() * rates / rates.sum()
     counts = np.floor(exact).astype(int)
     largest_remainders = np.argsort(counts - exact, kind="stable")[: rows.sum() - counts.sum()]

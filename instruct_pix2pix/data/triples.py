@@ -82,6 +82,10 @@ class Triples:
         """The dataset that a row is of, and its number there: of what is no mixture, both as they are."""
         return self, index
 
+    def dataset_of(self, place: int) -> int:
+        """Which dataset of a mixture a place in `indices` is of, counted from 0."""
+        return 0
+
     def is_replayed(self, place: int) -> bool:
         """Whether the target of a place in `indices` is not its edited image, but what the frozen base predicts."""
         return False
@@ -260,6 +264,7 @@ class TripleDataset(torch.utils.data.Dataset):
     A sample holds
         original, edited    uint8   (3, R, R)
         instruction         str
+        dataset             int     which of a mixture's
         replay              bool    whether the target is what the frozen base predicts
         noise               float32 (C, h, w)   the diffusion's epsilon
         posterior_noise     float32 (C, h, w)   samples the VAE's posterior of the edited image
@@ -311,6 +316,7 @@ class TripleDataset(torch.utils.data.Dataset):
             "original": torch.from_numpy(np.ascontiguousarray(original.transpose(2, 0, 1))),
             "edited": torch.from_numpy(np.ascontiguousarray(edited.transpose(2, 0, 1))),
             "instruction": wordings[wording],
+            "dataset": torch.tensor(triples.dataset_of(index)),
             "replay": torch.tensor(triples.is_replayed(index)),
             "skipped": skipped,
             **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),

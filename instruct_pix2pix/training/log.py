@@ -23,7 +23,7 @@ from instruct_pix2pix.cli import UserError, one_progress_bar
 from instruct_pix2pix.files import read_json_lines, write_json_lines, write_text
 from instruct_pix2pix.training.config import resolved
 from instruct_pix2pix.training.ema import ema_decay
-from instruct_pix2pix.training.loss import BANDS, sums_by_band
+from instruct_pix2pix.training.loss import BANDS, sums_by_band, sums_by_group
 from instruct_pix2pix.training.options import as_list, trackers
 
 logger = logging.getLogger(__name__)
@@ -93,12 +93,12 @@ class Log:
         """Leave out what was not training: a checkpoint or a validation just written."""
         self.clock = time.perf_counter()
 
-    def add(self, step: int, loss, grad_norm, losses, timesteps, learning_rate: float) -> None:
-        """Of an update: tensors on the device, scalars and the samples' (W,)."""
+    def add(self, step: int, loss, grad_norm, losses, timesteps, members, learning_rate: float) -> None:
+        """Of an update: tensors on the device, scalars and the samples' (W,); on the host the dataset each is of."""
         known = {"learning_rate": learning_rate}
         if self.run.ema is not None:
             known["ema_decay"] = ema_decay(self.run.ema.updates - 1, self.run.ema.decay)
-        self.pending.append((step, torch.stack([loss, grad_norm.float()]), losses, timesteps, known))
+        self.pending.append((step, torch.stack([loss, grad_norm.float()]), losses, timesteps, members, known))
         self.last_step = step
         self.progress.update(1)
 
@@ -108,9 +108,13 @@ class Log:
         if not self.pending:
             return
         accelerator = self.run.accelerator
-        steps, numbers, losses, timesteps, known = zip(*self.pending, strict=True)
-        bands = sums_by_band(torch.stack(losses), torch.stack(timesteps), len(self.run.make_inputs.alphas_cumprod))
+        steps, numbers, losses, timesteps, members, known = zip(*self.pending, strict=True)
+        losses, mixed = torch.stack(losses), len(self.run.triples.told())
+        bands = sums_by_band(losses, torch.stack(timesteps), len(self.run.make_inputs.alphas_cumprod))
         numbers = torch.cat([torch.stack(numbers), bands.flatten(1)], dim=1)  # (updates, 2 + 2 * BANDS)
+        if mixed:
+            parts = sums_by_group(losses, torch.stack(members).to(losses.device), mixed)
+            numbers = torch.cat([numbers, parts.flatten(1)], dim=1)  # beside, 2 for each dataset
         numbers = (accelerator.reduce(numbers, "mean") if gather else numbers).tolist()
         on_gpu = accelerator.device.type == "cuda"  # the most that was held of it; else the process's size
         memory = torch.cuda.max_memory_reserved() if on_gpu else psutil.Process().memory_info().rss
@@ -120,7 +124,8 @@ class Log:
             {
                 "step": step,
                 "loss": loss,
-                **{f"loss_q{band}": sums[band] / sums[BANDS + band] for band in range(BANDS) if sums[BANDS + band]},
+                **_means("loss_q", range(BANDS), sums[: 2 * BANDS]),
+                **_means("loss_dataset", range(1, mixed + 1), sums[2 * BANDS :]),
                 "grad_norm": norm,
                 **others,
                 "images_per_second": round(images_per_second, 2),
@@ -154,6 +159,13 @@ class Log:
     def is_finite(self) -> bool:
         """Whether the last update seen was a sound one, and its weights worth keeping."""
         return not self.not_finite
+
+
+def _means(prefix: str, numbers: range, sums: list[float]) -> dict[str, float]:
+    """The mean loss of each group that there was a sample of, by its number; `sums` are loss.sums_by_group's."""
+    half = len(numbers)
+    groups = zip(numbers, sums[:half], sums[half:], strict=True)
+    return {f"{prefix}{number}": total / count for number, total, count in groups if count}
 
 
 def write_skipped(run, gather: bool = True) -> None:

@@ -80,5 +80,10 @@ def sample_losses(
 
 def sums_by_band(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int) -> torch.Tensor:
     """Losses (..., B) summed over each quarter of the timesteps, and how many there were: (..., 2, BANDS)."""
-    member = F.one_hot(timesteps * BANDS // num_timesteps, BANDS).to(losses.dtype)
+    return sums_by_group(losses, timesteps * BANDS // num_timesteps, BANDS)
+
+
+def sums_by_group(losses: torch.Tensor, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Losses (..., B) summed over each of the `groups`, (..., B) from 0, and how many there were: (..., 2, G)."""
+    member = F.one_hot(groups, num_groups).to(losses.dtype)
     return torch.stack([(losses[..., None] * member).sum(-2), member.sum(-2)], dim=-2)

@@ -71,9 +71,10 @@ def run_updates(run: Run) -> dict:
         with StopRequest() as stop, logging_redirect_tqdm():  # a message on a line of its own, above the bar
             for step in range(run.first_step + 1, last + 1):
                 learning_rate = run.learning_rate(step)
-                inputs = run.make_inputs(next(run.windows))
+                window = next(run.windows)
+                inputs = run.make_inputs(window)
                 loss, grad_norm, losses = run.update.run(inputs, learning_rate)
-                log.add(step, loss, grad_norm, losses, inputs["timesteps"], learning_rate)
+                log.add(step, loss, grad_norm, losses, inputs["timesteps"], window["dataset"], learning_rate)
 
                 stopping = step < last and stop.all_ranks_agree(accelerator, step)
                 # The last update too: what comes after it may fail for want of disk, network or memory.
