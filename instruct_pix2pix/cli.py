@@ -96,7 +96,8 @@ class Parser(argparse.ArgumentParser):
         given = {str(name.value): node for name, node in root.value}
         if isinstance(given.get("flags"), yaml.MappingNode):  # what --dry_run prints, or a checkpoint's state.json
             given = {str(name.value): node for name, node in given["flags"].value}
-        known = {a.dest: a for a in self._actions if a.option_strings and a.dest not in ("help", "config")}
+        known = {a.option_strings[0].removeprefix("--"): a for a in self._actions if a.option_strings}
+        known = {name: a for name, a in known.items() if a.dest not in ("help", "config")}
         words = []
         for name, node in given.items():
             if name not in known:
