@@ -1,11 +1,11 @@
 """Build a cartoonization dataset: photos, an instruction, and the cartoon of each photo.
 
     python data_preparation/build_cartoonization.py --photos DIR --cartoonizer opencv --output_dir DATASET
-    accelerate launch --multi_gpu --num_processes 8 data_preparation/build_cartoonization.py --output_dir DATASET
+    python data_preparation/build_cartoonization.py --ray --output_dir s3://BUCKET/DATASET
 
 Columns: original_image, edit_prompt, cartoonized_image. The folder that comes out is read by
 `datasets.load_dataset(DATASET)` and by the training scripts. A build that was stopped goes on when the same
-command is run again; the result is the same to the byte, and the same for any number of processes.
+command is run again; the result is the same to the byte, and the same on Ray (`--ray`).
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@
 
 Columns: original_image, edit_prompt, edited_image, task. Gray, sepia, more contrast, sharpen, denoise and more, each
 in several wordings, and pairs that keep the image. A build that was stopped goes on when the same command is run again;
-the result is the same to the byte, and the same for any number of processes (`accelerate launch`).
+the result is the same to the byte, and the same on Ray (`--ray`).
 """
 
 from instruct_pix2pix.building.build import add_dataset_flags, add_photo_flags, check_dataset_flags

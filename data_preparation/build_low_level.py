@@ -8,7 +8,7 @@
 Columns: instruction, input_image, ground_truth_image, task. Real sets are read as they are downloaded;
 --pairs takes two folders of your own, --synthesize makes the same tasks from any photos. --dry_run counts and stops.
 A build that was stopped goes on when the same command is run again; the result is the same to the byte, and the
-same for any number of processes (`accelerate launch`).
+same on Ray (`--ray`).
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""build_cartoonization.py as a user runs it: pairs, splits, instructions, restarts, processes, bad images."""
+"""build_cartoonization.py as a user runs it: pairs, splits, instructions, restarts, bad images."""
 
 import io
 import os
@@ -6,7 +6,6 @@ import resource
 import signal
 import struct
 import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -93,7 +92,6 @@ def test_pairs_are_aligned_and_loadable(tmp_path):
     for name, digest in checksums(folder).items():
         assert not name.startswith("data/") or f"{digest}  {name}" in card
     assert Image.open(folder / "preview.png").width > 400
-    assert not (folder / "parts").exists()
 
 
 def test_instruction_depends_on_image_and_seed_alone(tmp_path, whole, many_photos):
@@ -143,8 +141,8 @@ def test_all_instructions_seed_and_max_num_samples(tmp_path, many_photos):
 
 
 def test_killed_at_any_moment_and_run_again(tmp_path, many_photos, whole):
-    """Killed three times; in between the photos of all finished rows are destroyed: they must not be needed again."""
-    from instruct_pix2pix.building.build import GROUP_PIXELS, GROUP_ROWS, cut, name_shards
+    """Killed three times; in between the photos of all finished shards are destroyed: they must not be needed again."""
+    from instruct_pix2pix.building.build import name_shards
     from instruct_pix2pix.building.plan import Row
 
     photos = tmp_path / "copy"
@@ -152,7 +150,7 @@ def test_killed_at_any_moment_and_run_again(tmp_path, many_photos, whole):
     for path in many_photos.iterdir():
         (photos / path.name).write_bytes(path.read_bytes())
     dataset = tmp_path / "dataset"
-    for wanted in ("plan.jsonl", "parts/*/*.parquet", "data/*.parquet"):
+    for wanted in ("plan.jsonl", "data/.*.partial", "data/*.parquet"):
         before = set(dataset.glob(wanted))
         process = subprocess.Popen(
             many_command(tmp_path, photos), cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL
@@ -163,35 +161,15 @@ def test_killed_at_any_moment_and_run_again(tmp_path, many_photos, whole):
         assert process.wait() == -signal.SIGKILL, "finished before it could be killed: give it more photos"
         shards = name_shards([Row(**row) for row in plan_of(dataset)], 45)
         for name, rows in shards.items():
-            for i, group in enumerate(cut(rows, GROUP_ROWS, GROUP_PIXELS)):
-                part = dataset / "parts" / name.removesuffix(".parquet") / f"{i:05d}.parquet"
-                if part.exists() or (dataset / "data" / name).exists():
-                    for row in group:
-                        path = photos / row.source
-                        path.write_bytes(bytes(path.stat().st_size))
+            if (dataset / "data" / name).exists():
+                for row in rows:
+                    path = photos / row.source
+                    path.write_bytes(bytes(path.stat().st_size))
     kept = {path: path.stat().st_mtime_ns for path in dataset.glob("data/*.parquet")}
     assert kept and not (dataset / "README.md").exists()
     build_many(tmp_path, photos)
     assert checksums(dataset) == checksums(whole)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_same_bytes_as_one(tmp_path, many_photos, whole):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--num_machines=1",
-    ]
-    launch += ["--main_process_port=0", "--mixed_precision=no", "--dynamo_backend=no"]
-    python, *script = many_command(tmp_path, many_photos)
-    done = subprocess.run([*launch, *script], cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "process 2 of 2" in done.stderr and "process 1 of 2" in done.stderr
-    assert checksums(tmp_path / "dataset") == checksums(whole)
 
 
 def test_run_again_when_finished_or_damaged(tmp_path, many_photos, whole):

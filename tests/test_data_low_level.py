@@ -1,6 +1,5 @@
 """build_low_level.py as a user runs it: every set in the layouts in which it is downloaded, synthesis, mixtures."""
 
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -11,9 +10,6 @@ from PIL import Image
 from tests.data_scripts import (
     PHOTOS,
     SCRIPTS,
-    checksums,
-    command,
-    environment,
     make_photos,
     pixels,
     plan_of,
@@ -336,19 +332,6 @@ def test_synthesis(tmp_path):
         degraded, target = pixels(row["input_image"]), pixels(row["ground_truth_image"])
         assert target.tobytes() in targets and degraded.shape == target.shape
         assert np.abs(degraded.astype(int) - target).mean() > 0.3
-
-    # Two processes at once, in another folder: the same files but for the command on the card.
-    processes = [
-        subprocess.Popen(
-            command(SCRIPT, *arguments, "--output_dir", tmp_path / "two"),
-            env=environment(RANK=str(rank), WORLD_SIZE="2"),
-            stderr=subprocess.DEVNULL,
-        )
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    one, two = checksums(dataset), checksums(tmp_path / "two")
-    assert one.pop("README.md") != two.pop("README.md") and one == two
 
 
 def test_a_few_tasks_and_severity(tmp_path):
