@@ -187,6 +187,14 @@ def test_what_is_replayed_has_the_base_s_prediction_for_a_target(mixed_run):
     assert 0 < half[0] < losses(mixed_run(name="none", max_train_steps=1))[0]
 
 
+def test_an_update_without_a_replayed_sample_is_trained_as_well(mixed_run):
+    """One sample an update: most have none that is replayed."""
+    flags = {"train_batch_size": 1, "gradient_accumulation_steps": 1, "max_train_steps": 8}
+    output_dir = mixed_run(second={"replay": "true", "weight": 0.5}, **flags)
+    entries = list(map(json.loads, (output_dir / "training_log.jsonl").read_text().splitlines()))
+    assert 0 < sum("loss_dataset2" in entry for entry in entries) < 8
+
+
 def test_the_base_is_asked_for_what_the_model_sees(monkeypatch, mixed_run):
     """Noise, instruction and image, dropped or not, in samples that are replayed and no others."""
     from instruct_pix2pix.training import inputs

@@ -101,7 +101,8 @@ class WindowEncoder:
     def _replay(self, inputs: dict[str, torch.Tensor], places: torch.Tensor) -> None:
         """Put what the base predicts of the same inputs into the target of some samples: a model that learns something
         else beside keeps what the base does of them (learning without forgetting, Li and Hoiem 2016, section 3)."""
-        for chosen in places.split(self.config.train_batch_size):
+        # Of no places at all, split would give one empty part.
+        for chosen in places.split(self.config.train_batch_size) if len(places) else ():
             chosen = chosen.to(self.device, non_blocking=True)
             noisy, text = (inputs[name][chosen].to(self.base.dtype) for name in ("noisy", "text"))
             prediction = self.base(noisy, inputs["timesteps"][chosen], text, return_dict=False)[0]
