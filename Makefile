@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLD_VENV ?= .venv-old-libraries
 
-.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base demo test test-fast test-old-libraries soak long-run lint bench clean
+.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base demo test test-fast test-long test-old-libraries soak long-run lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -61,6 +61,10 @@ test: lint
 
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow"
+
+# The launchers' own commands, with processes that are killed: some minutes.
+test-long: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m long
 
 # That our pipelines edit alike with the libraries that most people have, in an environment of their own.
 test-old-libraries: $(VENV)/.installed-dev $(OLD_VENV)/.installed
