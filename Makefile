@@ -62,6 +62,7 @@ test: lint
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m "not slow and not long"
 
+# Compilers, recipes and launchers as they are, a minute each.
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 -m long
 

@@ -63,12 +63,12 @@ def test_a_failure_while_a_checkpoint_is_written_leaves_the_last_one_in_use(smal
 KILL_WHILE_WRITING = """
 import os, signal, sys
 from instruct_pix2pix.training import checkpoint
-flush = checkpoint.flush
+flush_tree = checkpoint.flush_tree
 def kill_in_the_second_checkpoint(path):
     if ".checkpoint-2.partial" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
-    flush(path)
-checkpoint.flush = kill_in_the_second_checkpoint
+    flush_tree(path)
+checkpoint.flush_tree = kill_in_the_second_checkpoint
 from finetune_instruct_pix2pix import main
 main(sys.argv[1:])
 """

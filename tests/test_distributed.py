@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -152,25 +155,24 @@ def test_two_processes_train_what_one_does_and_go_on_by_themselves_when_one_is_k
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "sharded"), [(4, False), (3, True)])
-def test_more_processes_train_what_one_does(processes, sharded, launched, small_run):
-    """Three processes have pieces of unequal size, and none of some tensors."""
+def test_four_processes_train_what_one_does(launched, small_run):
     batch = {"gradient_accumulation_steps": 2, "max_train_steps": 3, "use_ema": True}
-    many = launched(processes, "many", sharded=sharded, train_batch_size=1, **batch)
-    one = small_run("train", name="one", train_batch_size=processes, **batch)
-    assert losses(many) == pytest.approx(losses(one), rel=1e-5)
-    close(one / UNET, many / UNET)
+    four = launched(4, "four", **batch)
+    one = small_run("train", name="one", train_batch_size=4, **batch)
+    assert losses(four) == pytest.approx(losses(one), rel=1e-5)
+    close(one / UNET, four / UNET)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(launched, small_run):
-    """1 -> 2 sharded -> 2 -> 1, with the effective batch of the one that ran through."""
+    """1 -> 3 sharded -> 2 -> 1, with the effective batch of the one that ran through. Three have pieces of unequal
+    size, and none of some tensors."""
     flags = {"gradient_accumulation_steps": 1, "use_ema": True, "resume_from_checkpoint": "latest"}
-    one = small_run("train", name="one", train_batch_size=4, max_train_steps=5, **flags)
-    changing = small_run("train", name="changing", train_batch_size=4, max_train_steps=1, **flags)
-    launched(2, "changing", sharded=True, max_train_steps=3, **flags)
-    launched(2, "changing", max_train_steps=4, **flags)
-    small_run("train", name="changing", train_batch_size=4, max_train_steps=5, **flags)
+    one = small_run("train", name="one", train_batch_size=6, max_train_steps=5, **flags)
+    changing = small_run("train", name="changing", train_batch_size=6, max_train_steps=1, **flags)
+    launched(3, "changing", sharded=True, train_batch_size=2, max_train_steps=3, **flags)
+    launched(2, "changing", train_batch_size=3, max_train_steps=4, **flags)
+    small_run("train", name="changing", train_batch_size=6, max_train_steps=5, **flags)
     assert losses(changing) == pytest.approx(losses(one), rel=1e-5)
     for file in (UNET, f"checkpoint-5/{UNET}", "checkpoint-5/ema.safetensors"):
         close(one / file, changing / file)
@@ -236,33 +238,55 @@ def test_restarts_that_would_fail_are_warned_of(small_run, monkeypatch, caplog):
     assert "--max-restarts" not in caplog.text
 
 
-@pytest.mark.slow
-def test_the_command_of_the_configuration(base_models, pairs, tmp_path):
-    """As the file's comment has it, on two CPUs."""
-    flags = {
-        "pretrained_model_name_or_path": base_models["finetune"],
-        "train_data_dir": pairs,
-        "output_dir": tmp_path / "run",
-        "resolution": 64,
-        "train_batch_size": 1,
-        "max_train_steps": 2,
-        "seed": 7,
-        "report_to": "none",
-    }
-    launcher = [
-        Path(sys.executable).with_name("accelerate"),
-        "launch",
-        "--config_file",
-        "recipes/accelerate/fsdp2.yaml",
-    ]
-    done = subprocess.run(
-        [*launcher, "--num_processes", "2", "finetune_instruct_pix2pix.py", *to_argv(flags)],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es) on cpu, sharded" in done.stderr
+# ---- the commands themselves, which import everything anew in each process: make test-long
+
+
+@pytest.fixture
+def command(base_models, pairs, tmp_path):
+    """`command(launcher, **flags)`: the Popen arguments of a training on CPUs whose messages go to tmp_path/log."""
+
+    def arguments(*launcher: str, **flags) -> dict:
+        defaults = {
+            "pretrained_model_name_or_path": base_models["finetune"],
+            "train_data_dir": pairs,
+            "output_dir": tmp_path / "run",
+            "resolution": 64,
+            "train_batch_size": 1,
+            "seed": 7,
+            "report_to": "none",
+        }
+        program = [Path(sys.executable).with_name("python"), "-m", *launcher, "finetune_instruct_pix2pix.py"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        log = open(tmp_path / "log", "w")  # noqa: SIM115
+        return {"args": [*program, *to_argv({**defaults, **flags})], "cwd": ROOT, "env": environment, "stderr": log}
+
+    return arguments
+
+
+@pytest.mark.long
+def test_the_command_of_the_configuration(command, tmp_path):
+    launcher = ("accelerate.commands.launch", "--config_file", "recipes/accelerate/fsdp2.yaml", "--num_processes", "2")
+    done = subprocess.run(**command(*launcher, max_train_steps=2), timeout=300)
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    assert "2 process(es) on cpu, sharded" in (tmp_path / "log").read_text()
     assert (tmp_path / "run" / "model_index.json").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "sharded"])
+def test_torchrun_starts_a_killed_run_again(sharded, command, tmp_path, monkeypatch):
+    for name, value in fsdp_environment().items() if sharded else ():
+        monkeypatch.setenv(name, value)
+    launcher = ("torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1")
+    flags = {"max_train_steps": 60, "checkpointing_steps": 5, "resume_from_checkpoint": "latest"}
+    with subprocess.Popen(**command(*launcher, **flags)) as process:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "run" / "checkpoint-5").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        psutil.Process(process.pid).children()[1].kill()
+        process.wait(timeout=300)
+    log = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log
+    starts = [int(number) for number in re.findall(r"training (\d+) updates of 2 images", log)]
+    assert starts[0] == 60 and len(starts) == 2 and starts[1] < 60 and starts[1] % 5 == 0
+    assert len(losses(tmp_path / "run")) == 60 and (tmp_path / "run" / "model_index.json").exists()

@@ -426,7 +426,7 @@ def test_rows_that_cannot_be_used_are_one_line(dataset):
     assert message in error_of(dataset, "--wordings_from=train")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path):
     """The README's claim at a quarter of its updates: better than copying, guidance and all, on photographs
     and instructions never trained on. It was 0.76 dB when this was written."""
