@@ -227,6 +227,13 @@ def test_what_cannot_be_sharded_is_one_line(environment, flags, message, small_r
         small_run(**flags)
 
 
+def test_one_process_has_nothing_to_shard(small_run, monkeypatch):
+    plain = small_run(name="plain", max_train_steps=1)
+    for name, value in fsdp_environment().items():
+        monkeypatch.setenv(name, value)
+    assert_same_tensors(plain / UNET, small_run(max_train_steps=1) / UNET)
+
+
 def test_restarts_that_would_fail_are_warned_of(small_run, monkeypatch, caplog):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
