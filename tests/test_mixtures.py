@@ -11,6 +11,7 @@ from PIL import ImageOps
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.data.order import MixtureOrder, SampleOrder, mixing_counts
 from tests.conftest import assert_same_tensors, copy_tree, losses
+from tests.test_streaming import write_shards
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -303,3 +304,17 @@ def test_held_out_rows_beside_a_mixture_are_read_by_the_command_line(mixed_run, 
     second = {"dataset_name": mirrored}  # another name of the same rows
     output_dir = mixed_run(first=columns, second=second, num_validation_images=1, max_train_steps=1, **held_out)
     assert "loss" in json.loads((output_dir / "validation_log.jsonl").read_text())
+
+
+def test_streams_are_mixed_as_the_same_rows_on_disk_are(small_run, tmp_path):
+    """Of one row group each, so that both orders are the same."""
+    for seed, name in enumerate(("first", "second")):
+        write_shards(tmp_path / name, rows=5 + seed, group=10, shards=1)
+    (tmp_path / "mix.yaml").write_text(
+        f"datasets:\n  - dataset_name: {tmp_path}/first\n  - dataset_name: {tmp_path}/second\n    weight: 2\n"
+    )
+    flags = {"train_data_dir": None, "dataset_name": None, "dataset_mixture": tmp_path / "mix.yaml", "use_ema": True}
+    flags |= {"cache_latents": False, "cache_dir": tmp_path / "cache"}
+    disk = small_run(name="disk", **flags)
+    assert losses(small_run(name="stream", streaming=True, **flags)) == losses(disk)
+    assert_same_tensors(disk / UNET, tmp_path / "stream" / UNET)
