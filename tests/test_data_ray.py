@@ -124,7 +124,7 @@ def test_every_builder(tmp_path, cluster, monkeypatch, script, flags):
     assert checksums(tmp_path / "ray") == checksums(tmp_path / "local")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whitebox_settings_come_from_where_the_shards_are_made(tmp_path, cluster):
     import numpy as np
 

@@ -115,7 +115,7 @@ def read_all(name: str) -> str:
     return "\n".join(path.read_text(errors="replace") for path in sorted(Path(name).rglob("stderr.log")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicas", "sharded"])
 def test_two_processes_train_what_one_does_and_go_on_by_themselves_when_one_is_killed(
     sharded, launched, small_run, pairs, tmp_path

@@ -532,6 +532,7 @@ def test_compiled_edits_agree(edited, model, photos, tmp_path, fresh_compiler, c
         assert np.abs(pixels(tmp_path / "out" / name) - pixels(edited / name)).max() <= 1
 
 
+@pytest.mark.long
 def test_images_of_many_sizes_share_what_is_compiled(model, photos, tmp_path, fresh_compiler, monkeypatch, capfd):
     """A second size and a smaller batch do not compile every block anew."""
     import torch
