@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from instruct_pix2pix.cli import UserError
 from tests.conftest import ROOT, assert_same_tensors, copy_tree, losses, run_script, to_argv
@@ -30,7 +30,7 @@ def close(first: Path, second: Path, atol: float = 2e-4) -> None:
 
 def train_in_process(script: str, flags: dict, environment: dict, killed_at: int | None) -> None:
     """One process of a training. Of the first start, rank 1 is killed in update `killed_at`. What noise a rank sees in
-    the first update goes into noise-<rank>.pt beside the output folder."""
+    the first update goes into noise-<rank>.safetensors beside the output folder."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     from instruct_pix2pix.training import step
@@ -41,7 +41,7 @@ def train_in_process(script: str, flags: dict, environment: dict, killed_at: int
 
     def encode_and_tell(self, window):
         if not updates:
-            torch.save(window["noise"], Path(flags["output_dir"]).parent / f"noise-{rank}.pt")
+            save_file({"noise": window["noise"]}, Path(flags["output_dir"]).parent / f"noise-{rank}.safetensors")
         return encode(self, window)
 
     def run_or_die(self, *arguments):
@@ -141,7 +141,7 @@ def test_two_processes_train_what_one_does_and_go_on_by_themselves_when_one_is_k
     assert_same_tensors(two / UNET, two / "checkpoint-4/ema.safetensors")  # what is exported is the average
     for file in ("unet/config.json", "checkpoint-4/unet/config.json"):
         assert (two / file).read_bytes() == (one / file).read_bytes()
-    noise = [torch.load(tmp_path / f"noise-{rank}.pt") for rank in (0, 1)]
+    noise = [load_file(tmp_path / f"noise-{rank}.safetensors")["noise"] for rank in (0, 1)]
     assert noise[0].shape == noise[1].shape and not torch.isclose(noise[0], noise[1]).any(dim=0).all()
     measured = [[json.loads(line) for line in (run / "validation_log.jsonl").open()] for run in (two, one)]
     assert [line["step"] for line in measured[0]] == [2, 3, 4]
