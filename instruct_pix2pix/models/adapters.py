@@ -76,7 +76,9 @@ def save(unet: UNet2DConditionModel, folder: Path) -> None:
     """Write the adapters as `load_lora_weights` of diffusers' pipelines reads them, and conv_in (docs/adapters.md)."""
     from peft import get_peft_model_state_dict
 
-    metadata = unet.peft_config["default"].to_dict()
+    settings = unet.peft_config["default"].to_dict()
+    # A set has another order in every process, and equal adapters should be equal files.
+    metadata = {name: sorted(value) if isinstance(value, set) else value for name, value in settings.items()}
     StableDiffusionInstructPix2PixPipeline.save_lora_weights(
         folder, get_peft_model_state_dict(unet), unet_lora_adapter_metadata=metadata
     )
