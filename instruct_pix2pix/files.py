@@ -15,10 +15,11 @@ from instruct_pix2pix.cli import UserError, first_line
 
 def folder_or_url(text: str) -> Path | str:
     """An argparse type: a folder of this machine as a Path, one of an object storage (s3://, gs://, hf://) as it is."""
-    return text if is_url(text) else Path(text)
+    return text if is_remote(text) else Path(text)
 
 
-def is_url(path: str | os.PathLike) -> bool:
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is an address that fsspec opens, such as s3://bucket/folder."""
     return "://" in str(path)
 
 
@@ -27,7 +28,7 @@ def file_system(path: str | os.PathLike):
     from fsspec.core import url_to_fs
     from fsspec.implementations.local import LocalFileSystem
 
-    if not is_url(path):
+    if not is_remote(path):
         return LocalFileSystem(), os.path.abspath(path)
     system, inner = url_to_fs(str(path))
     system.invalidate_cache()
@@ -36,7 +37,7 @@ def file_system(path: str | os.PathLike):
 
 def opened(path: str | os.PathLike):
     """A file, or an object of a URL, to read bytes from."""
-    if not is_url(path):
+    if not is_remote(path):
         return open(path, "rb")
     system, inner = file_system(path)
     return system.open(inner)
@@ -51,7 +52,7 @@ def written_whole(path: str | os.PathLike):
 
     `path` may be a URL. The temporary path is then one of this machine, and the file is uploaded at the end.
     """
-    if is_url(path):
+    if is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             yield (temporary := Path(folder, str(path).rpartition("/")[2]))
             system, inner = file_system(path)

@@ -193,3 +193,20 @@ def test_other_errors_keep_their_traceback(capsys):
         run(main)
     error = capsys.readouterr().err
     assert caught.value.code == 1 and "Traceback" in error and "RuntimeError: a defect of ours" in error
+
+
+def test_every_module_can_be_imported_first():
+    """Without another that must have been there before it: an import that runs in a circle is found by one order."""
+    code = """
+import importlib, pkgutil, sys
+import instruct_pix2pix
+modules = [found.name for found in pkgutil.walk_packages(instruct_pix2pix.__path__, "instruct_pix2pix.")]
+for name in modules:
+    for earlier in [other for other in sys.modules if other.startswith("instruct_pix2pix")]:
+        del sys.modules[earlier]
+    importlib.import_module(name)
+print(len(modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50

@@ -38,7 +38,7 @@ from instruct_pix2pix.files import (
     fingerprint,
     folder_or_url,
     for_others,
-    is_url,
+    is_remote,
     opened,
     write_bytes,
     write_json_lines,
@@ -91,7 +91,7 @@ def add_dataset_flags(parser, instructions: Path, what: str) -> None:
 
 
 def check_dataset_flags(args) -> None:
-    if is_url(args.output_dir):
+    if is_remote(args.output_dir):
         try:
             system, folder = file_system(args.output_dir)
             system.exists(f"{folder}/plan.jsonl")
@@ -108,7 +108,7 @@ def check_dataset_flags(args) -> None:
     folders = [(name, getattr(args, name, None)) for name in ("photos", *SETS)]
     folders += [("pairs", folder) for _, *both in getattr(args, "pairs", []) for folder in both]
     for name, folder in folders:
-        if folder and not is_url(args.output_dir) and args.output_dir.resolve().is_relative_to(folder.resolve()):
+        if folder and not is_remote(args.output_dir) and args.output_dir.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--output_dir: {args.output_dir} lies inside --{name}; choose a folder elsewhere")
     fractions = args.validation_fraction, args.test_fraction
     if not (min(fractions) >= 0 and sum(fractions) < 1):
@@ -149,7 +149,7 @@ def build(work: Work, settings: dict, about: dict, make_plan) -> None:
     for name in ("all_instructions", "seed", "validation_fraction", "test_fraction", "rows_per_shard"):
         settings[name] = getattr(args, name)
     settings = json.loads(json.dumps(settings))  # as it will be read back
-    if not is_url(output_dir):
+    if not is_remote(output_dir):
         (output_dir / "data").mkdir(parents=True, exist_ok=True)
 
     rows = get_plan(output_dir, settings, make_plan)
@@ -185,7 +185,7 @@ def get_plan(output_dir: Path | str, settings: dict, make_plan) -> list[Row]:
         others = [f"{folder}/{name}" for name in ("README.md", "preview.png")]
         if any(map(system.exists, others)) or system.glob(f"{folder}/data/*"):
             raise UserError(f"--output_dir: {output_dir} holds something else; choose a new folder")
-        if is_url(output_dir):  # a storage that takes nothing is noticed before the images are looked at
+        if is_remote(output_dir):  # a storage that takes nothing is noticed before the images are looked at
             write_json_lines(f"{output_dir}/skipped.jsonl", [])
         rows, skipped = make_plan()
         if not rows:

@@ -1,10 +1,13 @@
-"""Averages of the UNet's weights: the exponential moving one, and that of schedule-free optimizers."""
+"""Averages of the UNet's weights: the exponential moving one, that of schedule-free optimizers; what is exported."""
 
-from collections.abc import Iterable
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DConditionModel
 
+from instruct_pix2pix.models import adapters
 from instruct_pix2pix.training import sharding
 
 
@@ -74,7 +77,7 @@ class EMA:
         """The model has the averaged weights inside the `with`, and its own again after it, come what may.
 
         Tensors change places; nothing is copied unless the average lives elsewhere than the model. Not for sharded
-        parameters, see sharding.unet_to_export.
+        parameters, see unet_to_export.
         """
         own = [p.data for p in self.live]
         try:
@@ -106,3 +109,34 @@ def average_swapped_in(ema: EMA | None, optimizer: torch.optim.Optimizer):
                 torch._foreach_copy_(live, own)  # to the bit: on its way there and back the optimizer rounds
     else:
         yield
+
+
+@contextmanager
+def unet_to_export(run, wanted: bool = True) -> Iterator[UNet2DConditionModel | None]:
+    """The UNet with the averaged weights, where there is an average, inside the `with`; for the main process.
+
+    All processes enter it. Of a sharded UNet it is a copy on the host, made where the main process `wanted` it.
+    """
+    if not sharding.is_sharded(run.unet):
+        with average_swapped_in(run.ema, run.optimizer) if wanted else nullcontext():
+            yield run.unet
+        return
+    (wanted,) = broadcast_object_list([wanted])
+    yield _whole_unet(run) if wanted else None
+
+
+@torch.no_grad()
+def _whole_unet(run) -> UNet2DConditionModel | None:
+    tensors = run.unet.state_dict()
+    if run.ema is not None:
+        trained = adapters.trained_parameters(run.unet)
+        tensors |= {n: sharding.joined(s, p) for (n, p), s in zip(trained.items(), run.ema.shadow, strict=True)}
+    tensors = {name: sharding.host_copy(tensor) for name, tensor in tensors.items()}
+    if not run.accelerator.is_main_process:
+        return None
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(run.unet.config)
+        if adapters.is_attached(run.unet):
+            adapters.attach(unet, run.config)
+    unet.load_state_dict(tensors, assign=True)
+    return unet.eval()

@@ -5,19 +5,14 @@ processes, sharded or not, and every tool reads it.
 """
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import broadcast_object_list, str_to_bool
-from diffusers import UNet2DConditionModel
+from accelerate.utils import str_to_bool
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from instruct_pix2pix.cli import UserError
-from instruct_pix2pix.models import adapters
-from instruct_pix2pix.training.ema import average_swapped_in
 
 CONFIGURATION = "recipes/accelerate/fsdp2.yaml"
 
@@ -90,34 +85,3 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor | None:
         return tensor.to("cpu", copy=True)
     whole = tensor.full_tensor()
     return whole.to("cpu") if torch.distributed.get_rank() == 0 else None
-
-
-@contextmanager
-def unet_to_export(run, wanted: bool = True) -> Iterator[UNet2DConditionModel | None]:
-    """The UNet with the averaged weights, where there is an average, inside the `with`; for the main process.
-
-    All processes enter it. Of a sharded UNet it is a copy on the host, made where the main process `wanted` it.
-    """
-    if not is_sharded(run.unet):
-        with average_swapped_in(run.ema, run.optimizer) if wanted else nullcontext():
-            yield run.unet
-        return
-    (wanted,) = broadcast_object_list([wanted])
-    yield _whole_unet(run) if wanted else None
-
-
-@torch.no_grad()
-def _whole_unet(run) -> UNet2DConditionModel | None:
-    tensors = run.unet.state_dict()
-    if run.ema is not None:
-        trained = adapters.trained_parameters(run.unet)
-        tensors |= {n: joined(s, p) for (n, p), s in zip(trained.items(), run.ema.shadow, strict=True)}
-    tensors = {name: host_copy(tensor) for name, tensor in tensors.items()}
-    if not run.accelerator.is_main_process:
-        return None
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(run.unet.config)
-        if adapters.is_attached(run.unet):
-            adapters.attach(unet, run.config)
-    unet.load_state_dict(tensors, assign=True)
-    return unet.eval()

@@ -16,6 +16,7 @@ from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import sharding
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
+from instruct_pix2pix.training.ema import unet_to_export
 from instruct_pix2pix.training.log import LOG_EVERY, Log, set_up_logging, start_trackers, write_skipped
 from instruct_pix2pix.training.preparation import Run, build, check, print_dry_run, start_accelerator
 from instruct_pix2pix.training.stopping import StopRequest
@@ -180,7 +181,7 @@ def finish(run: Run, summary: dict) -> None:
     pushed = True
     if config.keep_best is None or run.first_step == config.max_train_steps:  # else its last checkpoint was validated
         validate(run, config.max_train_steps)
-    with sharding.unet_to_export(run) as unet:
+    with unet_to_export(run) as unet:
         if accelerator.is_main_process:
             prompt = config.validation_prompt
             instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction

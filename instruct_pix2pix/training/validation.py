@@ -22,10 +22,10 @@ from instruct_pix2pix.evidence import PICTURES, validation_picture
 from instruct_pix2pix.files import write_bytes
 from instruct_pix2pix.images import BadImage, contact_sheet, encode_image, is_url, read_image
 from instruct_pix2pix.models.sd import build_pipeline
+from instruct_pix2pix.training.ema import unet_to_export
 from instruct_pix2pix.training.log import Lines, log_pictures
 from instruct_pix2pix.training.loss import BANDS, sample_losses
 from instruct_pix2pix.training.options import as_list
-from instruct_pix2pix.training.sharding import unet_to_export
 
 logger = logging.getLogger(__name__)
 
