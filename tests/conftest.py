@@ -178,3 +178,25 @@ def copy_tree(source: Path, target: Path) -> Path:
 def small_photo() -> Image.Image:
     """A real photograph, 64 by 64."""
     return Image.open(ROOT / "assets/photos/test/sea6.webp").convert("RGB").resize((64, 64))
+
+
+@pytest.fixture(scope="session")
+def storage():
+    """An object storage on loopback with a bucket `datasets`, found by environment variables as a user's own would be;
+    Ray's processes, started later, inherit them. One for all tests: fsspec keeps a file system, its endpoint included,
+    for whoever asks for s3:// next."""
+    s3fs, moto = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        system = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+        system.mkdir("datasets")
+        yield system
+    server.stop()

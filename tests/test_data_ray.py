@@ -26,30 +26,6 @@ def build(script: str, *arguments) -> None:
 
 
 @pytest.fixture(scope="module")
-def storage():
-    """An object storage on loopback with a bucket `datasets`, found by environment variables as a user's own would be;
-    Ray's processes, started later, inherit them."""
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": "key",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        system = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
-        system.mkdir("datasets")
-        yield system
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def cluster(storage):
     """One Ray for this file's tests, as --ray starts it."""
     import ray

@@ -186,7 +186,7 @@ def test_shards_that_say_the_same_of_themselves_are_told_apart(tmp_path):
     assert first["input_image"]["bytes"] != second["input_image"]["bytes"]
 
 
-def test_addresses_over_http_and_s3(shards, tmp_path, monkeypatch):
+def test_addresses_over_http_and_s3(shards, storage, tmp_path):
     expected = rows_of(load(shards, tmp_path / "local"))
     with serving(shards.parent) as server:
         for name in (shards.name, f"{shards.name}/train-*.parquet"):
@@ -202,20 +202,8 @@ def test_addresses_over_http_and_s3(shards, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="is an address, which only training with --streaming reads"):
             load(f"{server.url}/{shards.name}", tmp_path / "http", streaming=False)
 
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "test")
-    storage = moto.ThreadedMotoServer(port=0)
-    storage.start()
-    try:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*storage.get_host_and_port()))
-        system = streaming.fsspec.filesystem("s3", skip_instance_cache=True)
-        system.mkdir("bucket")
-        system.put(f"{shards}/", "bucket/pairs/", recursive=True)
-        assert rows_of(load("s3://bucket/pairs", tmp_path / "s3")) == expected
-    finally:
-        storage.stop()
+    storage.put(f"{shards}/", "datasets/pairs/", recursive=True)
+    assert rows_of(load("s3://datasets/pairs", tmp_path / "s3")) == expected
 
 
 @pytest.mark.slow
