@@ -16,10 +16,11 @@ import psutil
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.models import sd
 from instruct_pix2pix.training import checkpoint as checkpoints
 from tests.conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
 
@@ -255,6 +256,18 @@ def test_moments_come_back_laid_out_as_their_parameters_are():
     checkpoints.restore_optimizer(optimizer, parameters, tensors, rest)
     moment = optimizer.state[parameters["weight"]]["exp_avg"]
     assert moment.stride() == parameters["weight"].stride() and torch.equal(moment, tensors["weight/exp_avg"])
+
+
+def test_weights_lie_in_memory_as_pytorch_lays_them(small_run):
+    """Mapped from a file they begin at any address, on which the last bit of a product may depend: a training that goes
+    on from its own file would leave the course of one that was never stopped."""
+    flags = {"pretrained_model_name_or_path": None, "lora_rank": None}
+    folder = small_run(max_train_steps=1) / "checkpoint-1"
+    file = folder / "unet/diffusion_pytorch_model.safetensors"
+    for length in range(1, 9):  # the header's length is a multiple of 8, so this moves the tensors behind it
+        save_file(load_file(file), file, {"format": "pt", "note": "." * 8 * length})
+        unet = sd.load_unet(types.SimpleNamespace(**flags), folder)
+        assert not any(parameter.data_ptr() % 64 for parameter in unet.parameters())
 
 
 def test_a_checkpoint_names_no_path_of_this_machine(small_run, tmp_path):

@@ -203,7 +203,8 @@ def load_unet(config, checkpoint: Path | None, **options) -> UNet2DConditionMode
     """The UNet in float32 with 8 input channels, from a checkpoint to resume or from the base model; with --lora_rank
     from the base model, with adapters, which are the checkpoint's or new. `options` are from_pretrained's."""
     if checkpoint is not None and config.lora_rank is None:
-        return UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32, **options)
+        unet = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet", dtype=torch.float32, **options)
+        return in_memory(unet)
     unet = load_model(config, "unet", **options)
     if unet.config.in_channels == 4:
         widen_conv_in(unet)
@@ -212,6 +213,14 @@ def load_unet(config, checkpoint: Path | None, **options) -> UNet2DConditionMode
         if checkpoint is not None:
             adapters.fill(unet, adapters.read(checkpoint))
     return unet
+
+
+def in_memory(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with tensors of its own, where they were a mapped file's: those begin at any address, and on some
+    processors the last bit of a matrix product depends on where its factors lie."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def load_frozen(config) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
@@ -238,7 +247,8 @@ def load_model(config, part: str, **options) -> CLIPTextModel | AutoencoderKL | 
         variant, where = base_files.variant_of(config, part), base_files.where(config, part)
         name = config.pretrained_model_name_or_path
         options |= where
-        return cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=variant, **options)
+        model = cls.from_pretrained(name, subfolder=part, dtype=torch.float32, variant=variant, **options)
+    return in_memory(model)
 
 
 def _convert(config, cls: type, part: str) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
