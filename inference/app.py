@@ -22,7 +22,7 @@ except ImportError:
 
 from instruct_pix2pix import cli, editing
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, Setting
-from instruct_pix2pix.files import check_folder, write_text
+from instruct_pix2pix.files import check_folder, check_new_folder, write_text
 from instruct_pix2pix.images import BadImage, read_image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +58,7 @@ def write_space(args: argparse.Namespace) -> None:
     if any(word.startswith("--config") for word in args.other_flags):
         raise cli.UserError("--config: the Space would not have the file; give what it says as flags")
     check_folder("--write_space", folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise cli.UserError(f"--write_space: {folder} is not empty; name a new folder")
+    check_new_folder("--write_space", folder)
     if Path(model).expanduser().exists():
         raise cli.UserError(f"--model_id: {model} is a folder here, which a Space does not see; push it, give its id")
     version = re.search(r"gradio==(\S+)", (ROOT / "requirements-demo.txt").read_text())[1]

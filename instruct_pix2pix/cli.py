@@ -13,7 +13,7 @@ import re
 import shutil
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 
@@ -152,23 +152,21 @@ def whole_number(least: int):
 
 def above_zero(text: str) -> float:
     """An argparse type: a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"{text} is out of range; give a number above 0")
-    return value
+    return _number(text, lambda value: value > 0, "is out of range; give a number above 0")
 
 
 def guidance(text: str) -> float:
     """An argparse type: a guidance scale, a finite number of at least 0."""
+    return _number(text, lambda value: value >= 0, "is not a guidance scale; give a number of at least 0")
+
+
+def _number(text: str, fits: Callable[[float], bool], problem: str) -> float:
     try:
         value = float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-    if not math.isfinite(value) or value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a guidance scale; give a number of at least 0")
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"{text} {problem}")
     return value
 
 

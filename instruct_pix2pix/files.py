@@ -150,6 +150,12 @@ def check_folder(flag: str, folder: str | os.PathLike, needed: int = 0, what: st
         )
 
 
+def check_new_folder(flag: str, folder: str | os.PathLike) -> None:
+    """Raise UserError unless `folder` is empty or not there yet."""
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise UserError(f"{flag}: {folder} is not empty; name a new folder")
+
+
 def _existing(path: str | os.PathLike) -> Path:
     path = Path(path).absolute()
     return next(parent for parent in (path, *path.parents) if parent.exists())

@@ -206,8 +206,11 @@ def test_models_of_two_families_are_not_mixed(models, tmp_path):
     (models["theirs"] / UNET).write_bytes(b"cut")
     refuse("THEIRS: .*safetensors")
     scheduler = models["theirs"] / "scheduler/scheduler_config.json"
-    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"prediction_type": "epsilon"}))
+    own = json.loads(scheduler.read_text())
     save_file(weights, models["theirs"] / UNET)
+    scheduler.write_text(json.dumps(own | {"rescale_betas_zero_snr": True}))
+    refuse("THEIRS: its rescale_betas_zero_snr is True")
+    scheduler.write_text(json.dumps(own | {"prediction_type": "epsilon"}))
     refuse("THEIRS: its prediction_type is epsilon")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").touch()

@@ -11,6 +11,7 @@ knows, and all of it for a training's last update.
 from pathlib import Path
 
 from instruct_pix2pix.cli import Parser, UserError, run
+from instruct_pix2pix.files import check_new_folder
 from instruct_pix2pix.models import trained
 
 
@@ -22,12 +23,10 @@ def main(argv: list[str] | None = None) -> None:
     if not trained.is_checkpoint(args.checkpoint):
         raise UserError(f"checkpoint: {args.checkpoint} is no checkpoint of a training; give OUTPUT_DIR/checkpoint-N")
     trained.check_base(args.checkpoint, "checkpoint")
-    output_dir = args.output_dir.absolute()
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise UserError(f"--output_dir: {args.output_dir} is not empty; name a new folder")
+    check_new_folder("--output_dir", args.output_dir)
     from instruct_pix2pix import publishing
 
-    publishing.export_checkpoint(args.checkpoint, output_dir)
+    publishing.export_checkpoint(args.checkpoint, args.output_dir.absolute())
     print(f"{args.output_dir}: the pipeline of {args.checkpoint}")
 
 
