@@ -73,11 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     speeds = {name: len(photos) / min(times) for name, times in machine.seconds_in_turns(sides, args.rounds).items()}
     first = next(iter(outputs.values()))
     result = {
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        "device": args.device,
         "dtype": args.dtype,
         "size": args.size,
-        "threads": args.threads,
-        "torch": torch.__version__,
+        **machine.describe(),
         "images_per_second": {name: round(speed, 3) for name, speed in speeds.items()},
         "max_difference": {name: float(np.abs(made - first).max()) for name, made in outputs.items()},
     }

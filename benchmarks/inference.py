@@ -90,8 +90,6 @@ def largest_differences(first: Path, second: Path) -> dict[str, int]:
 def main(argv: list[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
-    import torch
-
     from inference import edit_images
     from instruct_pix2pix import edit_folder, editing
     from instruct_pix2pix.files import file_sha256
@@ -122,7 +120,6 @@ def main(argv: list[str] | None = None) -> dict:
         "command": f"python -m benchmarks.inference {shlex.join(argv)}".strip(),
         **{name: value for name, value in vars(args).items() if name != "folder"},
         "dtype": str(plain.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
         **machine.describe(),
         "images_per_second": {side: round(args.images / value, 3) for side, value in median.items()},
         "ratio": round(median["snippet"] / median["edit_images"], 2),

@@ -4,32 +4,29 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+
+import yaml
 
 
 def describe() -> dict:
     """Date, commit, hardware and versions."""
     import torch
 
+    from instruct_pix2pix.evidence import code_commit
+
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": code_commit(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
     }
-
-
-def _commit() -> str | None:
-    """The checkout's commit, with + where files differ from it; None outside of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def _cpu_name() -> str:
@@ -54,14 +51,5 @@ def seconds_in_turns(sides: dict[str, Callable], rounds: int) -> dict[str, list[
 
 def report(result: dict) -> None:
     """Print a benchmark's result: a line for every figure, then all of it as one line of JSON."""
-
-    def lines(figures: dict, indent: str) -> None:
-        for name, value in figures.items():
-            if isinstance(value, dict):
-                print(indent + name)
-                lines(value, indent + "  ")
-            else:
-                print(f"{indent + name:40s} {value}")
-
-    lines(result, "")
+    print(yaml.safe_dump(result, sort_keys=False, width=1000))
     print(json.dumps(result))

@@ -189,7 +189,6 @@ def main(argv: list[str] | None = None) -> dict:
         "gradient_checkpointing": flags.gradient_checkpointing,
         "mixed_precision": args.mixed_precision,
         "cached": run.config.cache_latents,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
         **machine.describe(),
         "parameters": parameters,
         "ms_per_update": round(total, 2),

@@ -57,7 +57,7 @@ def test_every_stage_of_an_update_is_timed(cached, tmp_path, capsys, monkeypatch
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == result and result["cached"] is cached
     assert list(result["stages_ms"]) == list(train_step.STAGES)
-    assert all(f"  {stage} " in out and result["stages_ms"][stage] > 0 for stage in train_step.STAGES)
+    assert all(f"  {stage}: " in out and result["stages_ms"][stage] > 0 for stage in train_step.STAGES)
     assert result["images_per_update"] == 4 and result["teraflop_per_update"] > 0
 
 
@@ -76,7 +76,7 @@ def test_batches_are_timed_against_the_snippet(image_guidance, tmp_path, capsys,
     assert len(result["largest_differences"]) == 3 and max(result["largest_differences"].values()) <= 1
     assert all(len(times) == 1 for times in result["seconds"].values())
     for line in ("snippet", "edit_images", *result["largest_differences"]):
-        assert f"  {line} " in out
+        assert f"  {line}:" in out
 
 
 @pytest.mark.parametrize(
