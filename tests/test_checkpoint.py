@@ -101,13 +101,6 @@ def test_a_run_killed_while_writing_a_checkpoint_goes_on_from_the_one_before(bas
     assert_same_tensors(output_dir / UNET, uninterrupted / UNET)
 
 
-def test_a_replaced_checkpoint_that_was_stepping_aside_comes_back(tmp_path):
-    (tmp_path / ".checkpoint-3.replaced").mkdir()
-    (tmp_path / ".checkpoint-4.partial").mkdir()
-    checkpoints.remove_partial(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
-
-
 def test_a_kill_while_an_old_checkpoint_goes_leaves_nothing_of_it(small_run, monkeypatch):
     output_dir = small_run(max_train_steps=3, checkpointing_steps=1)
 

@@ -53,13 +53,13 @@ train("too small", checkpointing_steps=1)
 assert not (disk / "run").exists()
 
 mount("size=100m")
-put_in_place = checkpoint._put_in_place
-def then_fill(output_dir, name):
-    put_in_place(output_dir, name)
+flush = checkpoint.flush
+def then_fill(output_dir):
+    flush(output_dir)
     fill(leaving=5_000_000)
-checkpoint._put_in_place = then_fill
+checkpoint.flush = then_fill
 train("full", checkpointing_steps=1, checkpoints_total_limit=1)
-checkpoint._put_in_place = put_in_place
+checkpoint.flush = flush
 left = sorted(path.name for path in (disk / "run").glob("*checkpoint-*"))
 said["left"] = [left, checkpoint.damage(disk / "run" / "checkpoint-1")]
 

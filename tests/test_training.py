@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.training import checkpoint as checkpoints
+from instruct_pix2pix.training import trainer
 from tests.conftest import ROOT, assert_same_tensors, copy_tree, losses, to_argv
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -198,15 +199,20 @@ def test_an_older_checkpoint_does_not_branch_off_in_the_same_folder(small_run):
     assert_same_tensors(branch / UNET, output_dir / UNET)
 
 
-def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs, tmp_path):
+def test_a_bad_row_met_in_training_keeps_the_updates_before_it(small_run, pairs, tmp_path, monkeypatch):
     folder = copy_tree(pairs, tmp_path / "damaged")
     content = (folder / "edited" / "3.png").read_bytes()
     (folder / "edited" / "3.png").write_bytes(content[: len(content) // 2])
     flags = {"gradient_accumulation_steps": 1, "train_batch_size": 1, "max_train_steps": 20}
-    with pytest.raises(UserError, match="row 3, column edited_image: cannot be decoded"):
-        small_run(train_data_dir=folder, on_bad_row="error", **flags)
+    write, written = trainer.write_checkpoint, []
+    monkeypatch.setattr(trainer, "write_checkpoint", lambda *state: written.append(state[1]) or write(*state))
+    for name, every in (("often", 1), ("run", 500)):
+        with pytest.raises(UserError, match="row 3, column edited_image: cannot be decoded"):
+            small_run(name=name, train_data_dir=folder, on_bad_row="error", checkpointing_steps=every, **flags)
     kept = checkpoints.list_checkpoints(tmp_path / "run")
     assert len(kept) == 1
+    last = int(kept[0].name.removeprefix("checkpoint-"))
+    assert written == [*range(1, last + 1), last]  # what is there is not written again
     (folder / "edited" / "3.png").write_bytes(content)
     mended = small_run(train_data_dir=folder, resume_from_checkpoint="latest", **flags)
     whole = small_run(name="whole", **flags)
@@ -334,7 +340,6 @@ def test_a_run_whose_last_update_is_not_finite_exports_nothing(small_run, loss_g
 
 def test_the_rows_and_timesteps_named_are_those_that_were_trained_on(small_run, monkeypatch):
     from instruct_pix2pix.data.triples import TripleDataset
-    from instruct_pix2pix.training import trainer
 
     seen, described = [], {}
     sample, finish = TripleDataset.__getitem__, trainer.finish

@@ -202,7 +202,10 @@ def _write(
     name = f"checkpoint-{state['step']}"
     try:
         _write_folder(output_dir / f".{name}.partial", state, config, tensors)
-        _put_in_place(output_dir, name)
+        if (output_dir / name).exists():  # damaged: from a whole one a run would have gone on
+            shutil.rmtree(output_dir / name)
+        os.replace(output_dir / f".{name}.partial", output_dir / name)
+        flush(output_dir)
         remove_old(output_dir, limit, keep_best)
     except (OSError, SafetensorError) as error:  # most often a full disk
         shutil.rmtree(output_dir / f".{name}.partial", ignore_errors=True)
@@ -225,28 +228,8 @@ def _write_folder(folder: Path, state: dict, config: dict, tensors: dict[str, di
     flush_tree(folder)
 
 
-def _put_in_place(output_dir: Path, name: str) -> None:
-    """Rename the finished folder. One of the same name cannot be renamed over and steps aside first."""
-    temporary, final = output_dir / f".{name}.partial", output_dir / name
-    if final.exists():
-        replaced = output_dir / f".{name}.replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(final, replaced)
-        os.replace(temporary, final)
-        shutil.rmtree(replaced)
-    else:
-        os.replace(temporary, final)
-    flush(output_dir)
-
-
 def remove_partial(output_dir: Path) -> None:
-    """Sweep what a killed run left half-written; a checkpoint that was stepping aside comes back."""
-    for path in Path(output_dir).glob(".checkpoint-*.replaced"):
-        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
-        if final.exists():
-            shutil.rmtree(path)
-        else:
-            os.replace(path, final)
+    """Sweep what a killed run left half-written."""
     for path in Path(output_dir).glob(".checkpoint-*.partial"):
         shutil.rmtree(path)
 

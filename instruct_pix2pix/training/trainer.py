@@ -12,6 +12,7 @@ from instruct_pix2pix import evidence, publishing
 from instruct_pix2pix.cli import RowError, SourceLost
 from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.files import naming, write_json
+from instruct_pix2pix.models.trained import damage
 from instruct_pix2pix.training import checkpoint as checkpoints
 from instruct_pix2pix.training import sharding
 from instruct_pix2pix.training import step as steps
@@ -167,8 +168,10 @@ def keep_updates_so_far(run: Run, log: Log, error: Exception) -> None:
         log.flush(gather=False)
         write_skipped(run, gather=False)
         if log.is_finite():
-            write_checkpoint(run, done, {})
             run.checkpoints.wait()
+            if damage(Path(run.config.output_dir) / f"checkpoint-{done}"):  # else it was written a moment ago
+                write_checkpoint(run, done, {})
+                run.checkpoints.wait()
             what = {RowError: "a row that cannot be used", SourceLost: "a dataset that cannot be read"}.get(type(error))
             what = what or "an update that needs more memory"
             logger.error("stopped at %s; checkpoint-%d keeps the updates so far", what, done)
