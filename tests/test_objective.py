@@ -13,7 +13,7 @@ from instruct_pix2pix.data.order import SampleOrder, stream, window_positions
 from instruct_pix2pix.models.sd import widen_conv_in
 from instruct_pix2pix.training.conditioning import drop_conditioning, dropout_masks
 from instruct_pix2pix.training.ema import EMA, ema_decay
-from instruct_pix2pix.training.loss import add_noise, diffusion_loss, min_snr_weights, prediction_target
+from instruct_pix2pix.training.loss import add_noise, min_snr_weights, prediction_target, sample_losses
 
 SCHEDULER = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
 
@@ -51,11 +51,11 @@ def test_min_snr_weights_agree_with_diffusers_snr(batch):
 
 def test_loss_is_float32_and_weighted_per_sample(batch):
     latents, noise, _ = batch
-    assert diffusion_loss(latents.half(), noise.half()).dtype == torch.float32
-    torch.testing.assert_close(diffusion_loss(latents, noise), torch.nn.functional.mse_loss(latents, noise))
+    assert sample_losses(latents.half(), noise.half()).dtype == torch.float32
+    torch.testing.assert_close(sample_losses(latents, noise).mean(), torch.nn.functional.mse_loss(latents, noise))
     only_first = torch.tensor([6.0, 0, 0, 0, 0, 0])
     torch.testing.assert_close(
-        diffusion_loss(latents, noise, only_first), torch.nn.functional.mse_loss(latents[:1], noise[:1])
+        sample_losses(latents, noise, only_first).mean(), torch.nn.functional.mse_loss(latents[:1], noise[:1])
     )
 
 

@@ -74,7 +74,15 @@ class WindowEncoder:
             self.stream.wait_stream(torch.cuda.current_stream())  # for what was built so far: models, cache
 
     def __call__(self, window: dict) -> dict[str, torch.Tensor]:
-        return on_side_stream(self.stream, lambda: self._encode(window))
+        if self.stream is None:
+            return self._encode(window)
+        with torch.cuda.stream(self.stream):
+            tensors = self._encode(window)
+        current = torch.cuda.current_stream()
+        current.wait_stream(self.stream)
+        for tensor in tensors.values():
+            tensor.record_stream(current)  # its memory is not given away before the update has read it
+        return tensors
 
     @torch.no_grad()
     def _encode(self, window: dict) -> dict[str, torch.Tensor]:
@@ -145,16 +153,3 @@ class WindowEncoder:
             return window | {"row": zeros, "variant": zeros, "text": zeros}
         pixels = torch.zeros(size, 3, config.resolution, config.resolution, dtype=torch.uint8)
         return window | {"original": pixels, "edited": pixels, "instructions": [""] * size}
-
-
-def on_side_stream(stream: "torch.cuda.Stream | None", make) -> dict[str, torch.Tensor]:
-    """make(), launched on `stream`; the current stream waits for it. Without a stream, on a CPU, just make()."""
-    if stream is None:
-        return make()
-    with torch.cuda.stream(stream):
-        tensors = make()
-    current = torch.cuda.current_stream()
-    current.wait_stream(stream)
-    for tensor in tensors.values():
-        tensor.record_stream(current)  # its memory is not given away before the update has read it
-    return tensors

@@ -56,19 +56,15 @@ def debiased_weights(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, pred
     return weights if prediction_type == "v_prediction" else weights / alpha
 
 
-def diffusion_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean squared error in float32, a scalar; `weights` (B,) multiply each sample's mean."""
-    return sample_losses(prediction, target, weights).mean()
-
-
 def sample_losses(
     prediction: torch.Tensor,
     target: torch.Tensor,
     weights: torch.Tensor | None = None,
     huber_delta: float | None = None,
 ) -> torch.Tensor:
-    """The same for each of the B samples, (B,). With `huber_delta` twice Huber's function in place of the square (Huber
-    1964): error^2 up to delta, and 2 delta |error| - delta^2 beyond it."""
+    """Mean squared error of each of the B samples, (B,) float32, multiplied by the `weights` (B,). With `huber_delta`
+    twice Huber's function in place of the square (Huber 1964): error^2 up to delta, and 2 delta |error| - delta^2
+    beyond it."""
     pair = (prediction.float(), target.float())
     if huber_delta is None:
         error = F.mse_loss(*pair, reduction="none")

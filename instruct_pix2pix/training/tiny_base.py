@@ -30,7 +30,7 @@ from instruct_pix2pix.files import write_json
 from instruct_pix2pix.models.sd import tokenize
 from instruct_pix2pix.models.tiny import build_tiny_pipeline, build_tokenizer, build_vae, save_pipeline
 from instruct_pix2pix.training.ema import EMA
-from instruct_pix2pix.training.loss import add_noise, diffusion_loss, prediction_target
+from instruct_pix2pix.training.loss import add_noise, prediction_target, sample_losses
 
 TILE = 64  # pixels; 16 x 16 latents
 POSTERIOR_DEVIATION = 0.05  # of latents whose variance is 1
@@ -226,7 +226,7 @@ def train_base(photos: dict, steps: int, args, folder: Path) -> dict:
         text = pipeline.text_encoder(torch.where(named, tokens[chosen], nothing)).last_hidden_state
         predicted = pipeline.unet(add_noise(clean, noise, times, alphas), times, text).sample
         target = prediction_target(clean, noise, times, alphas, "v_prediction")
-        return diffusion_loss(predicted, target, (5 * (1 - alphas[times])).clamp(max=1))
+        return sample_losses(predicted, target, (5 * (1 - alphas[times])).clamp(max=1)).mean()
 
     figures = optimise("base", [pipeline.text_encoder, pipeline.unet], steps, loss_at, args.seed)
     save_pipeline(pipeline, folder, CARD)
