@@ -8,7 +8,7 @@ MODEL_ID=${MODEL_ID:-stable-diffusion-v1-5/stable-diffusion-v1-5}
 DATASET_ID=${DATASET_ID:-instruction-tuning-sd/cartoonization}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/cartoonizer-from-scratch}
 VAL_IMAGE_URL=${VAL_IMAGE_URL:-https://hf.co/datasets/diffusers/diffusers-images-docs/resolve/main/mountain.png}
-source "$(dirname "$0")/published.sh" train_instruct_pix2pix.py \
+source "$(dirname "$0")/published.sh" "${TRAINING_SCRIPT:-train_instruct_pix2pix.py}" \
   --validation_prompt="Generate a cartoonized version of the natural image" \
   --guidance_scale=7.0 --image_guidance_scale=1.5 \
   "$@"
