@@ -275,15 +275,11 @@ def make_columns(work: Work, rows: list[Row], make_rows) -> dict[str, list]:
 
 def arrow_schema(columns: dict, all_instructions: bool):
     """The Arrow schema of `columns`, with the metadata by which `datasets` and the Hub know images."""
-    import pyarrow as pa
+    from datasets import Features, Image, List, Value
 
-    image = {"_type": "Image"}, pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    text = {"dtype": "string", "_type": "Value"}, pa.string()
-    texts = {"feature": text[0], "_type": "List"}, pa.list_(pa.string())
-    types = {"input": image, "target": image, "task": text, "instruction": texts if all_instructions else text}
-    features = {name: types[role][0] for name, (role, _) in columns.items()}
-    fields = [(name, types[role][1]) for name, (role, _) in columns.items()]
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
+    text = Value("string")
+    types = {"input": Image(), "target": Image(), "task": text, "instruction": List(text) if all_instructions else text}
+    return Features({name: types[role] for name, (role, _) in columns.items()}).arrow_schema
 
 
 def preview(output_dir: Path | str, shards: dict[str, list[Row]], columns: dict):

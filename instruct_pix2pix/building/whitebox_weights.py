@@ -96,12 +96,12 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 continue
             with archive.open(member) as file:
                 headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-                shape, by_columns, dtype = headers[np.lib.format.read_magic(file)](file)
+                shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
                 check_shape(name, shape)
                 if dtype.kind != "f":
                     raise ValueError(f"{name} holds {dtype}, not floats")
-                values = np.frombuffer(file.read(int(np.prod(shape)) * dtype.itemsize), dtype)
-                arrays[name] = values.reshape(shape, order="F" if by_columns else "C")
+                file.seek(0)
+                arrays[name] = np.lib.format.read_array(file)
     return arrays
 
 

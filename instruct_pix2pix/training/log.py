@@ -4,12 +4,10 @@ import contextlib
 import json
 import logging
 import math
-import netrc
 import os
 import sys
 import time
 from pathlib import Path
-from urllib.parse import urlparse
 
 import datasets
 import numpy as np
@@ -196,7 +194,8 @@ def start_trackers(run) -> None:
     names = trackers(config)
     if not names or not accelerator.is_main_process:
         return
-    _hide_token(config.hub_token)
+    if config.hub_token:  # given as a flag, it must not be on the command line that W&B records
+        sys.argv = [word.replace(config.hub_token, "***") for word in sys.argv]
     if "wandb" in names and "WANDB_MODE" not in os.environ and not _has_wandb_account():
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("no W&B account on this machine: recording offline, `wandb sync` uploads it later")
@@ -227,20 +226,11 @@ def _listening(accelerator, step: int) -> list:
     return [tracker for tracker in accelerator.trackers if step > tracker.told_until]
 
 
-def _hide_token(token: str | None) -> None:
-    """W&B records the command line; a token given as a flag must not be on it."""
-    if token:
-        sys.argv = [word.replace(token, "***") for word in sys.argv]
-
-
 def _has_wandb_account() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    from requests.utils import get_netrc_auth  # where `wandb login` writes it
+
+    address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    return bool(os.environ.get("WANDB_API_KEY") or get_netrc_auth(address))
 
 
 def log_pictures(accelerator, name: str, sheet: Image.Image, rows: list[dict], step: int) -> None:
