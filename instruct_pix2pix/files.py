@@ -129,6 +129,11 @@ def fingerprint(content) -> str:
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def state_of_files(paths: Iterable[Path]) -> str:
+    """A fingerprint of where files of this machine lie, and of their sizes and times: another once they change."""
+    return fingerprint([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+
+
 def unit_hash(*parts) -> float:
     """A number in [0, 1) that depends on nothing but `parts`: the same on every machine, in any order."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode("utf-8", "surrogateescape")).digest()

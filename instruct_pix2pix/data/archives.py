@@ -11,7 +11,7 @@ from typing import IO
 from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError, first_line
-from instruct_pix2pix.files import fingerprint, free_space
+from instruct_pix2pix.files import free_space, state_of_files
 from instruct_pix2pix.images import is_junk
 
 ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -28,8 +28,7 @@ def unpack(archives: list[Path], cache: Path, what: str) -> Path:
     What an earlier run has unpacked of the same files is used again. Links and devices inside are left out. Raises
     UserError, beginning with `what`, for a damaged archive, one with paths that lead out of it, or too small a disk.
     """
-    state = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in archives]
-    root = cache / f"unpacked-{fingerprint(state)[:16]}"
+    root = cache / f"unpacked-{state_of_files(archives)[:16]}"
     root.mkdir(parents=True, exist_ok=True)
     for path in tqdm(archives, desc="Unpacking", unit="archive", leave=False, delay=1):
         ending = next(ending for ending in sorted(ENDINGS, key=len, reverse=True) if path.name.lower().endswith(ending))

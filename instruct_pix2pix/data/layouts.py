@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from instruct_pix2pix.cli import UserError, first_line, warn
 from instruct_pix2pix.data.pairing import SPLIT_NAMES, pair_by_name, split_in_name, stem
-from instruct_pix2pix.data.sources import COLUMN_NAMES, TASK_COLUMN, Source, find_columns, read_wordings
+from instruct_pix2pix.data.sources import COLUMN_NAMES, TASK_COLUMN, Source, find_columns, read_lines, read_wordings
 from instruct_pix2pix.images import describe_others, find_images, is_junk, is_url, suffixes
 
 DATA_FILES = (".jsonl", ".json", ".csv", ".tsv")
@@ -398,13 +398,7 @@ def _captions(place: Place, sides: list[Path], pairs, others: Counter[str], sour
 
 
 def _caption(path: Path, source: Source) -> list[str] | None:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except FileNotFoundError:
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: {path.name} cannot be read ({first_line(error)}); save it as UTF-8") from None
-    return lines or None
+    return read_lines(path, str(source)) or None if path.exists() else None
 
 
 def _match(pairs: list[tuple[str, str]], sides, records: list[dict], source: Source, table: str) -> tuple[list, int]:

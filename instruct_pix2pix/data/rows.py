@@ -29,7 +29,7 @@ from instruct_pix2pix.data.layouts import (
 from instruct_pix2pix.data.pairing import split_in_name
 from instruct_pix2pix.data.sources import TASK_COLUMN, Source, choose_split, find_columns, wordings_of
 from instruct_pix2pix.data.streaming import StreamedTable, shard_patterns
-from instruct_pix2pix.files import write_bytes
+from instruct_pix2pix.files import state_of_files, write_bytes
 from instruct_pix2pix.images import BadImage, fetch, image_size, is_url, suffixes
 
 DOWNLOADS_AT_A_TIME = 8
@@ -233,9 +233,7 @@ def _cache_of(files: list[Path], cache_dir: str | None) -> str:
     Where a card lists the data files, `datasets` 5 tells folders apart by their name and card alone: for another
     folder, or the same one built anew, it would give the old rows.
     """
-    state = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    return os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"folder-{digest}")
+    return os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, f"folder-{state_of_files(files)[:16]}")
 
 
 def _undecoded(table: T, column: str, role: str, source: Source) -> T:

@@ -231,6 +231,13 @@ def wordings_of(source: Source) -> list[str] | None:
 
 
 def read_wordings(path: Path, what: str) -> list[str]:
+    """The lines of a text file, of which there must be some. Raises UserError, beginning with `what`."""
+    if lines := read_lines(path, what):
+        return lines
+    raise UserError(f"{what}: {path.name} is empty; write one wording a line")
+
+
+def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file, blank ones left out. Raises UserError, beginning with `what`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -238,7 +245,4 @@ def read_wordings(path: Path, what: str) -> list[str]:
         raise UserError(f"{what}: {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what}: {path.name} cannot be read ({error}); save it as UTF-8") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise UserError(f"{what}: {path.name} is empty; write one wording a line")
-    return lines
+    return [line.strip() for line in text.splitlines() if line.strip()]

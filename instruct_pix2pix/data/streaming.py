@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -233,9 +234,6 @@ class StreamedTable:
 
     # ---- shards
 
-    def _retried(self, call: Callable[[], T], what: str) -> T:
-        return retried(call, self.source, what, self.pauses)
-
     def _open(self, shard: str):
         options = {"token": self.source.token} if shard.startswith("hf://") and self.source.token else {}
         if shard.startswith(("http://", "https://")):
@@ -260,7 +258,8 @@ class StreamedTable:
                 return json.loads(known.read_text(encoding="utf-8"))
 
         bar = {"desc": "Reading footers", "unit": "shard", "leave": False, "disable": None, "max_workers": 16}
-        found = thread_map(lambda shard: self._retried(lambda: look(shard), shard), self.shards, **bar)
+        patient = partial(retried, source=self.source, pauses=self.pauses)
+        found = thread_map(lambda shard: patient(partial(look, shard), what=shard), self.shards, **bar)
         write_json(known, found)
         return found
 
@@ -269,7 +268,7 @@ class StreamedTable:
             with self._open(self.shards[0]) as file:
                 return datasets.Features.from_arrow_schema(pq.read_schema(file))
 
-        return self._retried(read, self.shards[0])
+        return retried(read, self.source, self.shards[0], self.pauses)
 
 
 def _digest(metadata: pq.FileMetaData) -> str:

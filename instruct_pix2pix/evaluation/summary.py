@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,7 @@ def score(
     folders = ["input" if label == IDENTITY else label for label in labels]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for sample in tqdm(samples, "Measuring", unit="image", delay=2, leave=False):
-
-            def read(folder: str, name: str = f"{sample.name}.png") -> np.ndarray:
-                return np.asarray(read_image(output_dir / folder / name))
-
+            read = partial(pixels, output_dir, sample)
             source, target, *images = pool.map(read, ["input", "target", *folders])
             found = pool.map(lambda image, target=target: pixel_scores(image, target, protocol), images)
             for label, image, scores in zip(labels, images, found, strict=True):
@@ -57,13 +55,16 @@ def score(
 
 def add_fid(models: dict[str, dict], output_dir: Path, samples: list[Sample], device: str) -> None:
     """Add to the means over all of every row its FID, which is of all images together and has no interval."""
-
-    def images(folder: str):
-        return (np.asarray(read_image(output_dir / folder / f"{sample.name}.png")) for sample in samples)
-
     for label, of in models.items():
-        value = perceptual.fid(images("input" if label == IDENTITY else label), images("target"), device)
+        folders = ("input" if label == IDENTITY else label, "target")
+        edits, targets = (map(partial(pixels, output_dir, folder=folder), samples) for folder in folders)
+        value = perceptual.fid(edits, targets, device)
         of["all"]["fid"] = {"mean": round(value, DIGITS), "low": None, "high": None}
+
+
+def pixels(output_dir: Path, sample: Sample, folder: str) -> np.ndarray:
+    """An image of an evaluation, uint8 (H, W, 3)."""
+    return np.asarray(read_image(output_dir / folder / f"{sample.name}.png"))
 
 
 def interval(values: np.ndarray) -> dict | None:
