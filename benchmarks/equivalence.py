@@ -8,7 +8,8 @@ This project's training loop runs for some updates and is compared with the upda
 diffusers' and PyTorch's own parts (two VAE passes, DDPMScheduler.add_noise, AdamW one tensor at a time, EMAModel), and,
 with --reference, with your own copy of diffusers' example. All sides get the same weights, pixels, noise, timesteps and
 dropout draws; the example's widened convolution also gets the base model's bias, which it leaves at random. Printed are
-the largest absolute differences of losses, weights and averaged weights, then one JSON line.
+the largest absolute differences of losses, weights and averaged weights, then one JSON line. Further flags go to all
+trainings, such as --train_batch_size 4, --conditioning_dropout_prob 0.25 or --seed 1.
 """
 
 import argparse
@@ -21,19 +22,15 @@ from instruct_pix2pix import cli
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--reference", type=reference.file, help="Your copy of the example; needs torchvision.")
-    what.add_argument("--updates", type=cli.whole_number(1), default=20, help="Updates to compare.")
-    what.add_argument("--batch_size", type=cli.whole_number(1), default=2, help="Images per micro-batch.")
-    what.add_argument("--accumulation", type=cli.whole_number(1), default=2, help="Micro-batches per update.")
-    what.add_argument("--learning_rate", type=float, default=1e-4, help="Learning rate, constant.")
-    what.add_argument("--dropout", type=float, default=0.1, help="Conditioning dropout probability.")
-    what.add_argument("--seed", type=int, default=0, help="Seed of this project's random streams.")
-    return parser.parse_args(argv)
+    parser.add_argument("--reference", type=reference.file, help="Your copy of the example; needs torchvision.")
+    parser.add_argument("--updates", type=cli.whole_number(1), default=20, help="Updates to compare.")
+    args, args.further = parser.parse_known_args(argv)
+    return args
 
 
 def run_ours(flags: list[str]):
-    """This project's loop; returns losses, UNet weights, averaged weights, and the batches it was fed."""
+    """This project's loop; returns losses, UNet weights, averaged weights, the batches it was fed, the bias that its
+    first convolution began with, and the flags by name."""
     from accelerate.state import AcceleratorState, GradientState
 
     from instruct_pix2pix.training.options import parse_args
@@ -54,17 +51,17 @@ def run_ours(flags: list[str]):
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     weights = {name: p.detach().clone() for name, p in run.unet.named_parameters()}
-    return losses, weights, dict(zip(weights, run.ema.shadow, strict=True)), batches, conv_in_bias
+    return losses, weights, dict(zip(weights, run.ema.shadow, strict=True)), batches, conv_in_bias, options
 
 
-def run_plainly(args, model: Path, batches: list[dict]):
+def run_plainly(options, batches: list[dict]):
     """The reference's update in so many words; returns losses, UNet weights and averaged weights."""
     import torch
     import torch.nn.functional as F
     from diffusers import StableDiffusionPipeline
     from diffusers.training_utils import EMAModel
 
-    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(options.pretrained_model_name_or_path, safety_checker=None)
     unet, vae, tokenizer, text_encoder = pipe.unet, pipe.vae, pipe.tokenizer, pipe.text_encoder
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
 
@@ -86,13 +83,13 @@ def run_plainly(args, model: Path, batches: list[dict]):
 
     average = EMAModel(unet.parameters())  # decay 0.9999
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8, foreach=False
+        unet.parameters(), lr=options.learning_rate, betas=(0.9, 0.999), weight_decay=0.01, eps=1e-8, foreach=False
     )
-    losses, p = [], args.dropout
-    for start in range(0, len(batches), args.accumulation):
+    losses, p, accumulation = [], options.conditioning_dropout_prob, options.gradient_accumulation_steps
+    for start in range(0, len(batches), accumulation):
         optimizer.zero_grad()
         window = []
-        for batch in batches[start : start + args.accumulation]:
+        for batch in batches[start : start + accumulation]:
             posterior = encode(batch["edited"])
             latents = (posterior.mean + posterior.std * batch["posterior_noise"]) * vae.config.scaling_factor
             noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
@@ -108,7 +105,7 @@ def run_plainly(args, model: Path, batches: list[dict]):
             if scheduler.config.prediction_type == "v_prediction":
                 target = scheduler.get_velocity(latents, batch["noise"], batch["timesteps"])
             loss = F.mse_loss(predicted, target)
-            (loss / args.accumulation).backward()
+            (loss / accumulation).backward()
             window.append(loss.item())
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
@@ -118,7 +115,7 @@ def run_plainly(args, model: Path, batches: list[dict]):
     return losses, weights, dict(zip(weights, average.shadow_params, strict=True))
 
 
-def run_reference(script: str, flags: dict, folder: Path, batches: list[dict], conv_in_bias):
+def run_reference(args, flags: dict, folder: Path, batches: list[dict], conv_in_bias):
     """The reader's copy on the very pixels and draws of `batches`; returns losses, weights, averaged weights."""
     from PIL import Image
 
@@ -127,11 +124,11 @@ def run_reference(script: str, flags: dict, folder: Path, batches: list[dict], c
 
     instructions = [text for batch in batches for text in batch["instructions"]]
     models.save_pairs(folder / "as_fed", as_images("original"), instructions, as_images("edited"))
-    module = reference.load(script)
+    module = reference.load(args.reference)
     reference.hand_in_draws(module, batches, conv_in_bias)
     steps, output_dir = flags["max_train_steps"], folder / "reference"
     flags |= {"data": folder / "as_fed", "output_dir": output_dir, "checkpointing_steps": steps}
-    updates = reference.run(module, models.common_flags(**flags))
+    updates = reference.run(module, models.common_flags(**flags) + args.further)
     return [update["loss"] for update in updates], *reference.final_weights(output_dir, steps)
 
 
@@ -159,26 +156,25 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model = folder / "model"
-        build_tiny_pipeline(in_channels=4, seed=args.seed).save_pretrained(model)
+        build_tiny_pipeline().save_pretrained(model)
         flags = {
             "model": model,
             "data": models.pairs_folder(folder, rows=24, size=(96, 72)),
             "output_dir": folder / "ours",
             "resolution": 64,
-            "train_batch_size": args.batch_size,
-            "gradient_accumulation_steps": args.accumulation,
+            "train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
             "max_train_steps": args.updates,
-            "learning_rate": args.learning_rate,
-            "conditioning_dropout_prob": args.dropout,
-            "seed": args.seed,
+            "learning_rate": 1e-4,
+            "conditioning_dropout_prob": 0.1,
             "mixed_precision": "no",
         }
-        *ours, batches, conv_in_bias = run_ours(models.common_flags(**flags))
+        *ours, batches, conv_in_bias, options = run_ours(models.common_flags(**flags) + args.further)
         print(f"largest differences over {args.updates} updates (losses from {min(ours[0]):.3f} to {max(ours[0]):.3f})")
         result = {"updates": args.updates, **machine.describe()}
-        result["plain"] = compare(ours, run_plainly(args, model, batches))
+        result["plain"] = compare(ours, run_plainly(options, batches))
         if args.reference is not None:
-            theirs = run_reference(args.reference, flags, folder, batches, conv_in_bias)
+            theirs = run_reference(args, flags, folder, batches, conv_in_bias)
             result["reference"] = compare(ours, theirs)
     machine.report(result)
 

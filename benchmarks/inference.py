@@ -8,7 +8,8 @@ Both sides start from image files and a loaded model and end with PNG files, and
 snippet, which reads, edits and writes one image after another, then what edit_images.py does after it has loaded the
 model. A first turn of each is not counted; of the others the median counts, and where a machine does other things
 meanwhile, each side's fastest turn says more. Weights are random: the arithmetic is a real model's, the pictures are
-not. Prints speeds and the largest difference, of 255, of every image's pixels, then one JSON line.
+not. Further flags go to edit_images.py, such as --batch_size 8 or --compile; the snippet gets its steps and scales.
+Prints speeds and the largest difference, of 255, of every image's pixels, then one JSON line.
 """
 
 import argparse
@@ -26,20 +27,13 @@ INSTRUCTION = "turn it into a cartoon"
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    what = parser.add_argument_group("what is edited")
-    what.add_argument("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
-    what.add_argument("--resolution", type=int, help="Side of the square images: 64 for small, 512 for sd15.")
-    what.add_argument("--images", type=cli.whole_number(1), default=16, help="Photographs to edit.")
-    what.add_argument("--steps", type=cli.whole_number(1), default=20, help="Denoising steps.")
-    what.add_argument("--guidance_scale", type=float, default=7.0, help="Of both sides.")
-    what.add_argument("--image_guidance_scale", type=float, default=1.5, help="Of both sides.")
-    ours = parser.add_argument_group("how edit_images.py does it")
-    ours.add_argument("--batch_size", type=cli.whole_number(1), default=4, help="Images edited at a time.")
-    ours.add_argument("--compile", action="store_true", help="Compile the UNet's blocks, before the clock starts.")
-    how = parser.add_argument_group("how it is timed")
-    how.add_argument("--repeats", type=cli.whole_number(1), default=3, help="Turns of each side that count.")
-    how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the images are kept.")
-    args = parser.parse_args(argv)
+    add = parser.add_argument
+    add("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
+    add("--resolution", type=int, help="Side of the square images: 64 for small, 512 for sd15.")
+    add("--images", type=cli.whole_number(1), default=16, help="Photographs to edit.")
+    add("--repeats", type=cli.whole_number(1), default=3, help="Turns of each side that count.")
+    add("--folder", default="outputs/benchmarks", help="Where the model and the images are kept.")
+    args, args.further = parser.parse_known_args(argv)
     args.resolution = args.resolution or {"sd15": 512}.get(args.size) or models.RESOLUTIONS[args.size]
     if args.resolution < 64 or args.resolution % 64:
         raise cli.UserError(f"--resolution: {args.resolution} is not a multiple of 64, which needs no padding")
@@ -57,7 +51,7 @@ def square_images(folder: Path, count: int, side: int) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def edit_one_by_one(pipeline, args, images: dict[Path, int], output_dir: Path) -> None:
+def edit_one_by_one(pipeline, flags, images: dict[Path, int], output_dir: Path) -> None:
     """The README's snippet, for {image: seed of its noise}, into files of the images' names."""
     import torch
     from diffusers.utils import load_image
@@ -68,9 +62,9 @@ def edit_one_by_one(pipeline, args, images: dict[Path, int], output_dir: Path) -
         edited = pipeline(
             INSTRUCTION,
             image=load_image(str(path)),
-            num_inference_steps=args.steps,
-            image_guidance_scale=args.image_guidance_scale,
-            guidance_scale=args.guidance_scale,
+            num_inference_steps=flags.steps,
+            image_guidance_scale=flags.image_guidance_scale,
+            guidance_scale=flags.guidance_scale,
             generator=torch.Generator().manual_seed(seed),
         ).images[0]
         edited.save(output_dir / f"{path.stem}.png")
@@ -99,26 +93,26 @@ def main(argv: list[str] | None = None) -> dict:
     images = square_images(folder / "images", args.images, args.resolution)
     plain_dir, batch_dir = folder / "inference-plain", folder / "inference-batches"
     flags = [str(folder / "images"), f"--model_id={model}", f"--output_dir={batch_dir}"]
-    flags += [f"--instruction={INSTRUCTION}", "--contact_sheet=0"]
-    for name in ("resolution", "steps", "guidance_scale", "image_guidance_scale", "batch_size"):
-        flags.append(f"--{name}={getattr(args, name)}")
-    ours_args = edit_images.parse_args([*flags, "--compile"] if args.compile else flags)
-    plain, ours = editing.load_pipeline(str(model)), edit_folder.load_model(ours_args)
-    seeds = {path: edit_folder.noise_seed(ours_args.seed, file_sha256(path)) for path in images}
+    flags += [f"--instruction={INSTRUCTION}", "--contact_sheet=0", f"--resolution={args.resolution}"]
+    flags = edit_images.parse_args([*flags, *args.further])
+    plain, ours = editing.load_pipeline(str(model)), edit_folder.load_model(flags)
+    seeds = {path: edit_folder.noise_seed(flags.seed, file_sha256(path)) for path in images}
 
     def edit_in_batches() -> None:
         shutil.rmtree(batch_dir, ignore_errors=True)
         batch_dir.mkdir()
-        settings, _, sizes, _, _ = edit_folder.look_through(ours_args, edit_folder.plan(ours_args))
-        made, _ = edit_folder.edit_all(ours, ours_args, settings, sizes)
+        settings, _, sizes, _, _ = edit_folder.look_through(flags, edit_folder.plan(flags))
+        made, _ = edit_folder.edit_all(ours, flags, settings, sizes)
         assert len(made) == args.images
 
-    sides = {"snippet": lambda: edit_one_by_one(plain, args, seeds, plain_dir), "edit_images": edit_in_batches}
+    sides = {"snippet": lambda: edit_one_by_one(plain, flags, seeds, plain_dir), "edit_images": edit_in_batches}
     seconds = machine.seconds_in_turns(sides, args.repeats)
     median = {side: statistics.median(times) for side, times in seconds.items()}
     result = {
         "command": f"python -m benchmarks.inference {shlex.join(argv)}".strip(),
-        **{name: value for name, value in vars(args).items() if name != "folder"},
+        **{name: getattr(args, name) for name in ("size", "resolution", "images", "repeats")},
+        **{name: getattr(flags, name) for name in ("steps", "guidance_scale", "image_guidance_scale", "batch_size")},
+        "compile": flags.compile,
         "dtype": str(plain.dtype).removeprefix("torch."),
         **machine.describe(),
         "images_per_second": {side: round(args.images / value, 3) for side, value in median.items()},

@@ -8,8 +8,8 @@ First whole updates are timed undisturbed, then as many under PyTorch's profiler
 the time of their kernels) and with --operators the slowest operators. The floor is what the same arithmetic (counted)
 and the optimizer's bytes would take at the rates of one matrix product and one copy, measured on this device. Seconds
 from launch count from the start of the process, imports included; run twice, so that the cache is there the second
-time. Further flags go to the training, such as --compile, --gradient_checkpointing or --max_micro_batch_size auto.
-Prints every figure, then one JSON line.
+time. Further flags go to the training and win over those here: --train_batch_size 1, --no-cache_latents, --no-use_ema,
+--compile, --max_micro_batch_size auto, --dataset_name DATASET. Prints every figure, then one JSON line.
 """
 
 import argparse
@@ -29,47 +29,32 @@ STAGES = ("data", "encoders and noise", "UNet forward and backward", "clip, Adam
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
-    what = parser.add_argument_group("what is trained")
-    what.add_argument("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
-    what.add_argument("--dataset", help="Folder or Hub id of a dataset of triples; photographs of assets/ otherwise.")
-    what.add_argument("--resolution", type=int, help="64 for small, 128 for unet, 256 for sd15.")
-    what.add_argument("--batch_size", type=cli.whole_number(1), default=8, help="Images per micro-batch.")
-    what.add_argument("--accumulation", type=cli.whole_number(1), default=1, help="Micro-batches per update.")
-    what.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="bf16 on a GPU, no on a CPU.")
-    what.add_argument("--no_ema", action="store_true", help="Leave the average out.")
-    what.add_argument("--no_cache", action="store_true", help="Decode images and run the frozen encoders.")
-    what.add_argument("--num_workers", type=int, default=0, help="Processes that load data.")
-    how = parser.add_argument_group("how it is timed")
-    how.add_argument("--updates", type=cli.whole_number(1), default=10, help="Updates timed, and again stage by stage.")
-    how.add_argument("--warmup", type=cli.whole_number(1), default=3, help="Updates before the clock starts.")
-    how.add_argument("--operators", type=int, default=0, help="Print so many of the slowest operators.")
-    how.add_argument("--folder", default="outputs/benchmarks", help="Where the model and the pairs are kept.")
+    add = parser.add_argument
+    add("--size", choices=models.SIZES, default="small", help="Shapes of the model.")
+    add("--updates", type=cli.whole_number(1), default=10, help="Updates timed, and again stage by stage.")
+    add("--warmup", type=cli.whole_number(1), default=3, help="Updates before the clock starts.")
+    add("--operators", type=int, default=0, help="Print so many of the slowest operators.")
+    add("--folder", default="outputs/benchmarks", help="Where the model and the pairs are kept.")
     args, args.further = parser.parse_known_args(argv)
-    args.resolution = args.resolution or models.RESOLUTIONS[args.size]
     return args
 
 
-def training_flags(args, folder: Path) -> list[str]:
-    flags = [
-        f"--pretrained_model_name_or_path={models.model_folder(args.size, folder)}",
-        f"--dataset_name={args.dataset or models.pairs_folder(folder)}",
-        f"--output_dir={folder / 'train_step'}",
-        f"--cache_dir={folder}",
-        f"--resolution={args.resolution}",
-        "--image_geometry=squash",
-        "--random_flip",
-        f"--train_batch_size={args.batch_size}",
-        f"--gradient_accumulation_steps={args.accumulation}",
-        f"--max_train_steps={args.warmup + 2 * args.updates + 1}",
-        f"--dataloader_num_workers={args.num_workers}",
-        f"--mixed_precision={args.mixed_precision}",
-        "--learning_rate=5e-5",
-        "--seed=0",
-        "--report_to=none",
-        "--no-cache_latents" if args.no_cache else "--cache_latents",
-        *args.further,
-    ]
-    return flags if args.no_ema else [*flags, "--use_ema"]
+def training_flags(args, folder: Path, on_gpu: bool) -> list[str]:
+    flags = models.common_flags(
+        models.model_folder(args.size, folder),
+        models.pairs_folder(folder),
+        folder / "train_step",
+        cache_dir=folder,
+        resolution=models.RESOLUTIONS[args.size],
+        image_geometry="squash",
+        train_batch_size=8,
+        max_train_steps=args.warmup + 2 * args.updates + 1,
+        dataloader_num_workers=0,
+        mixed_precision="bf16" if on_gpu else "no",
+        learning_rate=5e-5,
+        report_to="none",
+    )
+    return [*flags, "--random_flip", "--cache_latents", *args.further]
 
 
 def measured_rates(device) -> tuple[float, float]:
@@ -133,14 +118,12 @@ def main(argv: list[str] | None = None) -> dict:
     from instruct_pix2pix.training import step as steps
     from instruct_pix2pix.training.log import set_up_logging
 
-    if args.mixed_precision is None:
-        args.mixed_precision = "bf16" if torch.cuda.is_available() else "no"
     folder = Path(args.folder)
     shutil.rmtree(folder / "train_step", ignore_errors=True)
 
     set_up_logging()
     launched = psutil.Process().create_time()
-    flags = options.parse_args("", training_flags(args, folder))
+    flags = options.parse_args("", training_flags(args, folder, torch.cuda.is_available()))
     accelerator = preparation.start_accelerator(flags)
     device, cuda = accelerator.device, accelerator.device.type == "cuda"
     run = preparation.build(preparation.check(flags, accelerator, expected_in_channels=4))
@@ -182,12 +165,12 @@ def main(argv: list[str] | None = None) -> dict:
     floor = 1000 * (counted.get_total_flops() / flops_rate + optimizer_bytes / bytes_rate)
     result = {
         "size": args.size,
-        "resolution": args.resolution,
+        "resolution": flags.resolution,
         "images_per_update": run.images_per_update,
         "micro_batch_size": run.update.micro_batch_size,
         "compiled": isinstance(run.update, steps.CompiledUpdate),
         "gradient_checkpointing": flags.gradient_checkpointing,
-        "mixed_precision": args.mixed_precision,
+        "mixed_precision": flags.mixed_precision,
         "cached": run.config.cache_latents,
         **machine.describe(),
         "parameters": parameters,

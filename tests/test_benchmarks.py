@@ -18,7 +18,7 @@ REFERENCE = os.environ.get("REFERENCE_SCRIPT")
 def equivalence(capsys, *flags) -> dict:
     from benchmarks.equivalence import main
 
-    main(["--dropout=0.25", *flags])
+    main(["--conditioning_dropout_prob=0.25", *flags])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -49,8 +49,9 @@ def test_every_stage_of_an_update_is_timed(cached, tmp_path, capsys, monkeypatch
     monkeypatch.setitem(models.SIZES, "small", tiny)
     monkeypatch.setattr(models, "pairs_folder", lambda folder, make=models.pairs_folder: make(folder, 4, (80, 64)))
     try:
-        flags = ["--updates=1", "--warmup=2", "--batch_size=2", "--accumulation=2", f"--folder={tmp_path}"]
-        result = train_step.main(flags if cached else [*flags, "--no_cache"])
+        flags = ["--updates=1", "--warmup=2", "--train_batch_size=2", "--gradient_accumulation_steps=2"]
+        flags.append(f"--folder={tmp_path}")
+        result = train_step.main(flags if cached else [*flags, "--no-cache_latents"])
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
