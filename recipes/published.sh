@@ -1,4 +1,5 @@
-# What the four published trainings have in common; each recipe beside this sources it with the script and its flags.
+# What the four published trainings have in common. The two from Stable Diffusion source this with the script and their flags,
+# and the two from InstructPix2Pix source those.
 #
 #     bash recipes/cartoonizer_finetuned.sh                   # the whole run
 #     bash recipes/cartoonizer_finetuned.sh --push_to_hub     # and upload it: further flags go to the script, the last one wins
