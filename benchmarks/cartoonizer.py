@@ -8,6 +8,8 @@ process and with the same number of threads; the best of --rounds counts. The tf
 interpreter is `pip install ai-edge-litert`. The last line is JSON.
 """
 
+from functools import partial
+
 from benchmarks import machine, models
 from instruct_pix2pix.cli import Parser, run, whole_number
 
@@ -38,21 +40,17 @@ def main(argv: list[str] | None = None) -> None:
     photos = (photos / 127.5 - 1).astype(np.float32)  # (N, H, W, 3) BGR
     dtype = getattr(torch, args.dtype)
     generator = load_generator(read_weights(args.cartoonizer_weights), args.device, dtype)
-    outputs = {}
 
     @torch.inference_mode()
-    def run_torch(name: str, batch_size: int) -> None:
+    def run_torch(batch_size: int) -> np.ndarray:
         made = []
         for batch in torch.from_numpy(photos).split(batch_size):
             x = batch.to(args.device).permute(0, 3, 1, 2).contiguous()
             y = generator(x.to(dtype)).float()
             made.append(guided_filter(x, y).permute(0, 2, 3, 1).cpu().numpy())
-        outputs[name] = np.concatenate(made)
+        return np.concatenate(made)
 
-    sides = {}
-    for batch_size in args.batch_sizes:
-        name = f"torch, batch {batch_size}"
-        sides[name] = lambda name=name, batch_size=batch_size: run_torch(name, batch_size)
+    sides = {f"torch, batch {batch_size}": partial(run_torch, batch_size) for batch_size in args.batch_sizes}
     if args.tflite:
         from ai_edge_litert.interpreter import Interpreter
 
@@ -60,17 +58,18 @@ def main(argv: list[str] | None = None) -> None:
         interpreter.allocate_tensors()
         where, to = interpreter.get_input_details()[0]["index"], interpreter.get_output_details()[0]["index"]
 
-        def run_tflite() -> None:
+        def run_tflite() -> np.ndarray:
             made = []
             for photo in photos:
                 interpreter.set_tensor(where, photo[None])
                 interpreter.invoke()
                 made.append(interpreter.get_tensor(to))
-            outputs["tflite, one by one"] = np.concatenate(made)
+            return np.concatenate(made)
 
         sides["tflite, one by one"] = run_tflite
 
     speeds = {name: len(photos) / min(times) for name, times in machine.seconds_in_turns(sides, args.rounds).items()}
+    outputs = {name: function() for name, function in sides.items()}
     first = next(iter(outputs.values()))
     result = {
         "device": args.device,
