@@ -89,7 +89,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.equivalence
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.equivalence
 	$(BIN)/python -m benchmarks.train_step --size small
 	$(BIN)/python -m benchmarks.inference --size small
 	@if [ -n "$(REFERENCE)" ]; then $(BIN)/python -m benchmarks.compare_with_reference --reference "$(REFERENCE)"; \

@@ -1,8 +1,7 @@
 """Runs a reader's own copy of diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py and reads its steps.
 
 The file is not part of this project. It is loaded as it is and its main() does everything; only names that it looks up
-are replaced: the accelerator's log() notes the loss and the clock of every update, and where the two sides are to
-compute the same numbers, the random draws are handed in.
+are replaced: the accelerator's log() notes the loss and the clock of every update.
 """
 
 import argparse
@@ -10,7 +9,6 @@ import importlib.util
 import json
 import sys
 import time
-import types
 from pathlib import Path
 from unittest.mock import patch
 
@@ -48,58 +46,6 @@ def run(module, flags: list[str]) -> list[dict]:
     with patch.object(sys, "argv", [module.__file__, *flags]):
         module.main()
     return updates
-
-
-def _instead(original: types.ModuleType, **replaced) -> types.ModuleType:
-    """A copy of a module with some names replaced, for one reader of it."""
-    copy = types.ModuleType(original.__name__)
-    copy.__dict__.update(vars(original) | replaced)
-    return copy
-
-
-def hand_in_draws(module, batches: list[dict], conv_in_bias) -> None:
-    """Make the reference draw the numbers of `batches`, in their order, and keep its rows in order.
-
-    Args:
-        batches: one per micro-batch, with posterior_noise and noise (B, C, h, w), timesteps (B,), dropout (B,).
-        conv_in_bias: (channels,); the reference leaves its widened convolution's bias at random.
-    """
-    import torch
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-    names = "posterior_noise", "noise", "timesteps", "dropout"
-    draws = {name: iter([batch[name] for batch in batches]) for name in names}
-
-    def in_order(*args, **kwargs):
-        return torch.utils.data.DataLoader(*args, **{**kwargs, "shuffle": False})
-
-    def conv2d(*args, **kwargs):
-        layer = torch.nn.Conv2d(*args, **kwargs)
-        layer.bias.data.copy_(conv_in_bias)
-        return layer
-
-    def sample(posterior, generator=None):
-        noise = next(draws["posterior_noise"])
-        return posterior.mean + posterior.std * noise.to(posterior.mean)
-
-    module.torch = _instead(
-        torch,
-        utils=_instead(torch.utils, data=_instead(torch.utils.data, DataLoader=in_order)),
-        randn_like=lambda tensor: next(draws["noise"]).to(tensor),
-        randint=lambda *args, device=None, **kwargs: next(draws["timesteps"]).to(device),
-        rand=lambda *args, device=None, **kwargs: next(draws["dropout"]).to(device),
-    )
-    module.nn = _instead(torch.nn, Conv2d=conv2d)
-    DiagonalGaussianDistribution.sample = sample
-
-
-def final_weights(output_dir: Path, step: int) -> tuple[dict, dict]:
-    """The UNet's weights and their average in checkpoint-<step>, name -> tensor (the average's by the same name)."""
-    from safetensors.torch import load_file
-
-    folder = Path(output_dir) / f"checkpoint-{step}"
-    name = "diffusion_pytorch_model.safetensors"
-    return load_file(folder / "unet" / name), load_file(folder / "unet_ema" / name)
 
 
 def main(argv: list[str] | None = None) -> None:

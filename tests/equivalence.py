@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Check that an update here is the reference's update, in float32 on the CPU.
 
-    python -m benchmarks.equivalence
-    python -m benchmarks.equivalence --reference path/to/diffusers/examples/instruct_pix2pix/train_instruct_pix2pix.py
+    python -m tests.equivalence
+    python -m tests.equivalence --reference path/to/diffusers/examples/instruct_pix2pix/train_instruct_pix2pix.py
 
 This project's training loop runs for some updates and is compared with the update written out plainly below, with
 diffusers' and PyTorch's own parts (two VAE passes, DDPMScheduler.add_noise, AdamW one tensor at a time, EMAModel), and,
@@ -14,6 +14,7 @@ trainings, such as --train_batch_size 4, --conditioning_dropout_prob 0.25 or --s
 
 import argparse
 import tempfile
+import types
 from pathlib import Path
 
 from benchmarks import machine, models, reference
@@ -125,11 +126,63 @@ def run_reference(args, flags: dict, folder: Path, batches: list[dict], conv_in_
     instructions = [text for batch in batches for text in batch["instructions"]]
     models.save_pairs(folder / "as_fed", as_images("original"), instructions, as_images("edited"))
     module = reference.load(args.reference)
-    reference.hand_in_draws(module, batches, conv_in_bias)
+    hand_in_draws(module, batches, conv_in_bias)
     steps, output_dir = flags["max_train_steps"], folder / "reference"
     flags |= {"data": folder / "as_fed", "output_dir": output_dir, "checkpointing_steps": steps}
     updates = reference.run(module, models.common_flags(**flags) + args.further)
-    return [update["loss"] for update in updates], *reference.final_weights(output_dir, steps)
+    return [update["loss"] for update in updates], *final_weights(output_dir, steps)
+
+
+def _instead(original: types.ModuleType, **replaced) -> types.ModuleType:
+    """A copy of a module with some names replaced, for one reader of it."""
+    copy = types.ModuleType(original.__name__)
+    copy.__dict__.update(vars(original) | replaced)
+    return copy
+
+
+def hand_in_draws(module, batches: list[dict], conv_in_bias) -> None:
+    """Make the reference draw the numbers of `batches`, in their order, and keep its rows in order.
+
+    Args:
+        batches: one per micro-batch, with posterior_noise and noise (B, C, h, w), timesteps (B,), dropout (B,).
+        conv_in_bias: (channels,); the reference leaves its widened convolution's bias at random.
+    """
+    import torch
+    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+    names = "posterior_noise", "noise", "timesteps", "dropout"
+    draws = {name: iter([batch[name] for batch in batches]) for name in names}
+
+    def in_order(*args, **kwargs):
+        return torch.utils.data.DataLoader(*args, **{**kwargs, "shuffle": False})
+
+    def conv2d(*args, **kwargs):
+        layer = torch.nn.Conv2d(*args, **kwargs)
+        layer.bias.data.copy_(conv_in_bias)
+        return layer
+
+    def sample(posterior, generator=None):
+        noise = next(draws["posterior_noise"])
+        return posterior.mean + posterior.std * noise.to(posterior.mean)
+
+    module.torch = _instead(
+        torch,
+        utils=_instead(torch.utils, data=_instead(torch.utils.data, DataLoader=in_order)),
+        randn_like=lambda tensor: next(draws["noise"]).to(tensor),
+        randint=lambda *args, device=None, **kwargs: next(draws["timesteps"]).to(device),
+        rand=lambda *args, device=None, **kwargs: next(draws["dropout"]).to(device),
+    )
+    module.nn = _instead(torch.nn, Conv2d=conv2d)
+    DiagonalGaussianDistribution.sample = sample
+
+
+def final_weights(output_dir: Path, step: int) -> tuple[dict, dict]:
+    """The UNet's weights and their average in checkpoint-<step>, name -> tensor (the average's by the same name)."""
+    from safetensors.torch import load_file
+
+    folder = Path(output_dir) / f"checkpoint-{step}"
+    name = "diffusion_pytorch_model.safetensors"
+    return load_file(folder / "unet" / name), load_file(folder / "unet_ema" / name)
 
 
 def compare(ours, theirs) -> dict:
