@@ -138,38 +138,6 @@ def test_a_compiler_that_fails_is_one_line_and_training_goes_on(small_run, monke
     assert "the compiler failed" in warning and "going on without it" in warning and "\n" not in warning
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("averaged", [False, True])
-def test_clipping_adamw_and_average_as_one_function_are_pytorchs_own(compiled, averaged):
-    """Against clip_grad_norm_, AdamW one tensor at a time, and a plain average, over several steps."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(8, 4, 3, 3), (8,), (16, 8)]
-    theirs = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-    ours = [p.detach().clone() for p in theirs]
-    reference = torch.optim.AdamW(theirs, lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, foreach=False)
-    steps, first, second = ([torch.zeros(()) for _ in ours], *([torch.zeros_like(p) for p in ours] for _ in range(2)))
-    averages = [p.clone() for p in ours] if averaged else []
-    expected = [p.detach().clone() for p in theirs]
-    function = torch.compile(speed.clip_step_average, backend="aot_eager") if compiled else speed.clip_step_average
-    for step in range(5):
-        gradients = [torch.randn(shape, generator=generator) * (10 if step % 2 else 0.01) for shape in shapes]
-        rate, share = torch.tensor(1e-2 / (step + 1)), torch.tensor(1.0 if step == 0 else 0.3)
-        settings = {"max_grad_norm": 1.0, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-        copies = [gradient.clone() for gradient in gradients]
-        norm = function(ours, copies, steps, first, second, averages, rate, share, **settings)
-        for p, gradient in zip(theirs, gradients, strict=True):
-            p.grad = gradient
-        expected_norm = torch.nn.utils.clip_grad_norm_(theirs, 1.0)
-        reference.param_groups[0]["lr"] = rate.item()
-        reference.step()
-        for average, p in zip(expected, theirs, strict=True):
-            average.lerp_(p.detach(), share.item())
-        torch.testing.assert_close(norm, expected_norm)
-        torch.testing.assert_close(ours, [p.detach() for p in theirs], rtol=1e-6, atol=1e-7)
-        if averaged:
-            torch.testing.assert_close(averages, expected, rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

@@ -46,7 +46,8 @@ class EMA:
     def update(self) -> None:
         """shadow <- decay * shadow + (1 - decay) * live. With `offload` on a GPU finish_update() must follow before the
         weights change again."""
-        shadow, lerp_weight = self.shadow, self.advance()
+        shadow, lerp_weight = self.shadow, 1.0 - ema_decay(self.updates, self.decay)
+        self.updates += 1
         live = [sharding.local(p) for p in self.live]
         if self._landing:
             self._stream.wait_stream(torch.cuda.current_stream())  # until the weights have changed
@@ -65,12 +66,6 @@ class EMA:
             self._copied.synchronize()
             torch._foreach_lerp_(self._shadow, self._landing, self._lerp_weight)
             self._lerp_weight = None
-
-    def advance(self) -> float:
-        """Count an update; returns the share that the live weights have in it."""
-        lerp_weight = 1.0 - ema_decay(self.updates, self.decay)
-        self.updates += 1
-        return lerp_weight
 
     @contextmanager
     def swapped_in(self):

@@ -230,8 +230,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add(
         "--compile",
         action="store_true",
-        help="Compile the UNet, and clipping, AdamW and the average as one function (torch.compile, a minute or more at"
-        " the start), and use channels_last on a GPU. Same numbers to rounding.",
+        help="Compile the UNet (torch.compile, a minute or more at the start), and use channels_last on a GPU. Same"
+        " numbers to rounding.",
     )
     add("--local_rank", type=int, default=-1, help="Set by launchers; accelerate reads its own environment.")
 

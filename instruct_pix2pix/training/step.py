@@ -100,84 +100,11 @@ class Update:
 
 
 class CompiledUpdate(Update):
-    """The same under torch.compile: the UNet, and clipping, AdamW and average as one function for it to fuse."""
+    """The same with the UNet under torch.compile."""
 
     def __init__(self, config, accelerator, model, optimizer, ema, micro_batch_size: int):
         super().__init__(config, accelerator, model, optimizer, ema, micro_batch_size)
         self.model = torch.compile(model)
-        self.fused = None
-        inner = optimizer.optimizer
-        if type(inner) is torch.optim.AdamW and accelerator.scaler is None and not config.offload_ema:
-            (group,) = inner.param_groups
-            self.constants = {name: group[name] for name in ("betas", "eps", "weight_decay")}
-            self.fused = torch.compile(clip_step_average)
-            self.learning_rate, self.lerp_weight = (torch.zeros((), device=accelerator.device) for _ in range(2))
-
-    def clip_and_step(self, learning_rate: float) -> torch.Tensor:
-        if self.fused is None:
-            return super().clip_and_step(learning_rate)
-        # As tensors: a number that changes would be compiled anew in every update.
-        self.learning_rate.fill_(learning_rate)
-        if self.ema is not None:
-            self.lerp_weight.fill_(self.ema.advance())
-        return self.fused(
-            self.parameters,
-            [p.grad for p in self.parameters],
-            *_moments(self.optimizer.optimizer, self.parameters),
-            self.ema.shadow if self.ema is not None else [],
-            self.learning_rate,
-            self.lerp_weight,
-            max_grad_norm=self.max_grad_norm,
-            **self.constants,
-        )
-
-
-def _moments(optimizer: torch.optim.AdamW, parameters: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Steps, first and second moments of AdamW's own state, begun as AdamW would begin them."""
-    for p in parameters:
-        if not optimizer.state[p]:
-            step = torch.zeros((), device=p.device)
-            optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return [[optimizer.state[p][name] for p in parameters] for name in ("step", "exp_avg", "exp_avg_sq")]
-
-
-@torch.no_grad()
-def clip_step_average(
-    weights,
-    gradients,
-    steps,
-    first,
-    second,
-    averages,
-    learning_rate,
-    lerp_weight,
-    *,
-    max_grad_norm,
-    betas,
-    eps,
-    weight_decay,
-):
-    """Clip, AdamW (Loshchilov and Hutter 2019, algorithm 2) in PyTorch's order of operations, exponential average.
-
-    Lists of float32 tensors, one per parameter, changed in place; `averages` may be empty. `learning_rate` and
-    `lerp_weight` are scalar tensors, the latter the share of the new weights in the average. Returns the norm before
-    clipping.
-    """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    gradients = torch._foreach_div(gradients, ((norm + 1e-6) / max_grad_norm).clamp(min=1.0))
-    torch._foreach_add_(steps, 1)
-    torch._foreach_mul_(weights, 1 - learning_rate * weight_decay)
-    torch._foreach_lerp_(first, gradients, 1 - betas[0])
-    torch._foreach_mul_(second, betas[1])
-    torch._foreach_addcmul_(second, gradients, gradients, 1 - betas[1])
-    denominators = torch._foreach_sqrt(second)
-    torch._foreach_div_(denominators, (1 - betas[1] ** steps[0]).sqrt())
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_div_(denominators, -learning_rate / (1 - betas[0] ** steps[0]))
-    torch._foreach_addcdiv_(weights, first, denominators)
-    for average, weight in zip(averages, weights, strict=False):
-        average.lerp_(weight, lerp_weight)
-    return norm
 
 
 # ---- choosing
