@@ -66,7 +66,7 @@ def test_the_command_line_wins_and_a_later_file_over_an_earlier(parse, tmp_path)
         ("resoluton: 256", "run.yaml: resoluton: no such flag; the nearest is resolution"),
         ("--seed: 1", "run.yaml: --seed: no such flag; the nearest is seed"),
         ("config: other.yaml", "run.yaml: config: no such flag; the nearest is "),
-        ("resolution: large", "run.yaml: resolution: invalid int value: 'large'"),
+        ("resolution: large", "run.yaml: resolution: 'large' is not a whole number"),
         ("guidance_scale: -1", "run.yaml: guidance_scale: -1 is not a guidance scale"),
         ("image_geometry: stretch", "run.yaml: image_geometry: invalid choice: 'stretch'"),
         ("use_ema: 1", "run.yaml: use_ema: is a switch; give true or false"),

@@ -5,11 +5,10 @@ Imports nothing heavy, so that `--help` and a wrong flag answer at once.
 
 import argparse
 import importlib.util
-import math
 from pathlib import Path
 
 from instruct_pix2pix import editing
-from instruct_pix2pix.cli import Parser, UserError
+from instruct_pix2pix.cli import Parser, UserError, above_zero, whole_number
 from instruct_pix2pix.data.geometry import GEOMETRIES, crop_is_fixed
 from instruct_pix2pix.data.sources import add_source_flags, read_mixture, source_of
 from instruct_pix2pix.images import is_url
@@ -93,8 +92,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
 
     add = parser.add_argument_group("adapters", "Instead of the whole UNet (docs/adapters.md).").add_argument
-    add("--lora_rank", type=int, help="Train conv_in and changes of this rank of the attentions' projections.")
-    add("--lora_alpha", type=float, help="Multiply them by this over the rank; the rank itself when left out.")
+    add(
+        "--lora_rank",
+        type=whole_number(1),
+        help="Train conv_in and changes of this rank of the attentions' projections.",
+    )
+    add("--lora_alpha", type=above_zero, help="Multiply them by this over the rank; the rank itself when left out.")
     add("--use_dora", action="store_true", help="Train each projection's lengths of rows, too (DoRA).")
 
     data = parser.add_argument_group("dataset")
@@ -112,10 +115,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         " model knows already can be replayed, so as not to be forgotten (docs/mixtures.md).",
     )
     add_source_flags(data)
-    add("--max_train_samples", type=int, help="Train on this many rows, drawn with the seed.")
+    add("--max_train_samples", type=whole_number(1), help="Train on this many rows, drawn with the seed.")
     add(
         "--dataloader_num_workers",
-        type=int,
+        type=whole_number(0),
         help="Processes that load data; 0 is the main one. When left out: 0 on a CPU; on a GPU 1 from the latent cache"
         " and up to 8 without it.",
     )
@@ -131,7 +134,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     image = parser.add_argument_group("images")
     add = image.add_argument
-    add("--resolution", type=int, default=256, help="Side of the square training images, in pixels.")
+    add("--resolution", type=whole_number(1), default=256, help="Side of the square training images, in pixels.")
     add(
         "--image_geometry",
         choices=GEOMETRIES,
@@ -152,7 +155,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add(
         "--cached_crops",
-        type=int,
+        type=whole_number(1),
         help="Random crops of each pair to cache, those of the first so many epochs, used in turn; needed where the"
         " crop is random.",
     )
@@ -160,17 +163,17 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     optim = parser.add_argument_group("training")
     add = optim.add_argument
     add("--output_dir", default="instruct-pix2pix-model", help="Where pipeline, checkpoints and logs go.")
-    add("--seed", type=int, help="Seed of every random stream; drawn and written down when left out.")
-    add("--train_batch_size", type=int, default=16, help="Images per process in one forward pass.")
-    add("--gradient_accumulation_steps", type=int, default=1, help="Forward passes per update.")
+    add("--seed", type=whole_number(0), help="Seed of every random stream; drawn and written down when left out.")
+    add("--train_batch_size", type=whole_number(1), default=16, help="Images per process in one forward pass.")
+    add("--gradient_accumulation_steps", type=whole_number(1), default=1, help="Forward passes per update.")
     add(
         "--max_micro_batch_size",
         type=_size_or_auto,
         help="Merge the forward passes of an update into ones of at most so many images, or, with auto, the largest"
         " that fit the GPU. The update stays the same to rounding. --train_batch_size when left out.",
     )
-    add("--num_train_epochs", type=int, default=100, help="Epochs, where --max_train_steps is not given.")
-    add("--max_train_steps", type=int, help="Updates in all; overrides --num_train_epochs.")
+    add("--num_train_epochs", type=whole_number(1), default=100, help="Epochs, where --max_train_steps is not given.")
+    add("--max_train_steps", type=whole_number(1), help="Updates in all; overrides --num_train_epochs.")
     add("--gradient_checkpointing", action="store_true", help="Trade a slower backward pass for memory.")
     add(
         "--conditioning_dropout_prob",
@@ -183,9 +186,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     loss = parser.add_argument_group("loss and noise")
     add = loss.add_argument
     add("--loss_type", choices=("mse", "huber"), default="mse", help="Squared error, or Huber's function of the error.")
-    add("--huber_delta", type=float, default=0.1, help="Error from which on Huber's function grows linearly.")
+    add("--huber_delta", type=above_zero, default=0.1, help="Error from which on Huber's function grows linearly.")
     weighting = loss.add_mutually_exclusive_group().add_argument
-    weighting("--snr_gamma", type=float, help="Weight the loss by min-SNR with this gamma (5.0 in the paper).")
+    weighting("--snr_gamma", type=above_zero, help="Weight the loss by min-SNR with this gamma (5.0 in the paper).")
     weighting("--debiased_estimation_loss", action="store_true", help="Weight the loss of the noise by 1 / sqrt(SNR).")
     add("--zero_terminal_snr", action="store_true", help="End the noise schedule without signal (v-prediction only).")
 
@@ -193,19 +196,26 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = optimizer.add_argument
     names = f"{', '.join(OPTIMIZERS)}, or package.Class of an installed library (docs/optimizers.md)."
     add("--optimizer", type=_optimizer_name, default="adamw", metavar="NAME", help=names)
-    add("--learning_rate", type=float, default=1e-4, help="Learning rate after warm-up.")
+    add("--learning_rate", type=above_zero, default=1e-4, help="Learning rate after warm-up.")
     add("--scale_lr", action="store_true", help="Multiply it by processes x accumulation x batch size.")
     add("--lr_scheduler", default="constant", help=f"Learning rate schedule: {', '.join(LR_SCHEDULERS)}.")
-    add("--lr_warmup_steps", type=int, default=500, help="Warm-up updates, for the schedules that have one.")
-    add("--lr_num_cycles", type=int, default=1, help="Restarts of the cosine_with_restarts schedule, plus one.")
-    add("--lr_power", type=float, default=1.0, help="Power of the polynomial schedule; 1 is linear.")
+    add(
+        "--lr_warmup_steps", type=whole_number(0), default=500, help="Warm-up updates, for the schedules that have one."
+    )
+    add(
+        "--lr_num_cycles",
+        type=whole_number(1),
+        default=1,
+        help="Restarts of the cosine_with_restarts schedule, plus one.",
+    )
+    add("--lr_power", type=above_zero, default=1.0, help="Power of the polynomial schedule; 1 is linear.")
     eight_bit = {"action": "store_const", "const": "adamw8bit", "dest": "optimizer"}
     add("--use_8bit_adam", **eight_bit, help="AdamW with 8-bit state (bitsandbytes): --optimizer adamw8bit.")
     add("--adam_beta1", type=float, default=0.9, help="AdamW's beta1, and of others that have it; so the next ones.")
     add("--adam_beta2", type=float, default=0.999, help="AdamW's beta2.")
     add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay.")
-    add("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
-    add("--max_grad_norm", type=float, default=1.0, help="Clip the gradient to this norm.")
+    add("--adam_epsilon", type=above_zero, default=1e-8, help="AdamW's epsilon.")
+    add("--max_grad_norm", type=above_zero, default=1.0, help="Clip the gradient to this norm.")
 
     ema = parser.add_argument_group("exponential moving average")
     add = ema.add_argument
@@ -237,8 +247,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
     checkpoints = parser.add_argument_group("checkpoints")
     add = checkpoints.add_argument
-    add("--checkpointing_steps", type=int, default=500, help="Write a checkpoint every so many updates.")
-    add("--checkpoints_total_limit", type=int, help="Keep only the newest so many; all when left out.")
+    add("--checkpointing_steps", type=whole_number(1), default=500, help="Write a checkpoint every so many updates.")
+    add("--checkpoints_total_limit", type=whole_number(1), help="Keep only the newest so many; all when left out.")
     add(
         "--keep_best",
         choices=tuple(KEEP_BEST),
@@ -270,18 +280,18 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add(
         "--max_validation_samples",
-        type=int,
+        type=whole_number(1),
         default=64,
         help="Held-out rows for the loss; of more, the same so many are drawn in every run.",
     )
     add(
         "--num_validation_images",
-        type=int,
+        type=whole_number(1),
         default=4,
         help="Edits of each image, and held-out rows that are edited and measured (PSNR, SSIM).",
     )
-    add("--validation_epochs", type=int, default=1, help="Validate every so many epochs.")
-    add("--validation_steps", type=int, help="Validate every so many updates instead.")
+    add("--validation_epochs", type=whole_number(1), default=1, help="Validate every so many epochs.")
+    add("--validation_steps", type=whole_number(1), help="Validate every so many updates instead.")
     editing.add_guidance_flags(validation, action=editing.Stated)
     parser.set_defaults(stated=set())
 
@@ -327,45 +337,10 @@ def check(args: argparse.Namespace) -> None:
         source_of(args, "--dataset_name", "--train_data_dir")
     if args.dataset_mixture and args.validation_split and not args.validation_dataset:
         raise UserError("--validation_split: of a mixture; name one of its datasets with --validation_dataset as well")
-    at_least_one = [
-        "resolution",
-        "train_batch_size",
-        "gradient_accumulation_steps",
-        "num_train_epochs",
-        "max_train_steps",
-        "max_train_samples",
-        "max_validation_samples",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "num_validation_images",
-        "validation_epochs",
-        "validation_steps",
-        "cached_crops",
-        "max_micro_batch_size",
-        "lr_num_cycles",
-        "lora_rank",
-    ]
-    for name in at_least_one:
-        value = getattr(args, name)
-        if value not in (None, "auto") and value < 1:
-            raise UserError(f"--{name}: {value} is too small; give 1 or more")
-    for name in ("lr_warmup_steps", "dataloader_num_workers", "adam_weight_decay", "seed"):
-        value = getattr(args, name)
-        if value is not None and value < 0:
-            raise UserError(f"--{name}: {value} is negative; give 0 or more")
-    above_zero = (
-        "learning_rate",
-        "max_grad_norm",
-        "adam_epsilon",
-        "snr_gamma",
-        "lr_power",
-        "lora_alpha",
-        "huber_delta",
-    )
-    for name in above_zero:
-        value = getattr(args, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise UserError(f"--{name}: {value} is out of range; give a number above 0")
+    if args.max_micro_batch_size not in (None, "auto") and args.max_micro_batch_size < 1:
+        raise UserError(f"--max_micro_batch_size: {args.max_micro_batch_size} is too small; give 1 or more, or auto")
+    if not args.adam_weight_decay >= 0:
+        raise UserError(f"--adam_weight_decay: {args.adam_weight_decay} is negative; give 0 or more")
     for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         value = getattr(args, name)
         if not 0 <= value < 1:
