@@ -156,24 +156,47 @@ def make_pair(task: str, tile: np.ndarray, rng: np.random.Generator) -> tuple[np
 
 def build_generic_edits(args) -> None:
     """Make the dataset that the flags of build_generic_edits.py ask for."""
-    photos = find_photos(args.photos)
-    instructions = {
-        name: read_instructions(args.instructions / f"{name}.txt") if args.instructions else (wordings, wordings)
-        for name, wordings in WORDINGS.items()
+
+    def turn(number: int) -> str:
+        kept = unit_hash("keep", args.seed, number) < args.keep_share
+        return "keep" if kept else TURNS[number % len(TURNS)]
+
+    about = {
+        "title": "Generic edits",
+        "about": f"Tiles of {args.tile} pixels, cut from photos at several scales, with simple edits of them."
+        " The edits are described in `generic_edits.py` of the project.",
     }
-    settings = {"photos": photos.digest, "rows": args.rows, "tile": args.tile, "keep_share": args.keep_share}
+    instructions = choose_instructions(args, {name: (wordings, wordings) for name, wordings in WORDINGS.items()})
+    build_tiles(args, about, {"keep_share": args.keep_share}, instructions, turn, make_pair)
+
+
+def choose_instructions(
+    args, wordings: dict[str, tuple[list[str], list[str]]]
+) -> dict[str, tuple[list[str], list[str]]]:
+    """Of each task its wordings, or those of <task>.txt in --instructions: for training, and for the test split."""
+    if not args.instructions:
+        return wordings
+    return {name: read_instructions(args.instructions / f"{name}.txt") for name in wordings}
+
+
+def build_tiles(
+    args, about: dict, settings: dict, instructions: dict, turn: Callable[[int], str], pair: Callable
+) -> None:
+    """Make a dataset of tiles of --photos, the same part of a photo before and after a task.
+
+    about: the card's title, and what it says of the dataset. settings: what decides the bytes beside the photos and the
+    flags that all builders have. turn(row number) -> the row's task. pair(task, tile, rng) -> (source, target).
+    """
+    photos = find_photos(args.photos)
     columns = {
         "original_image": ("input", "a part of a photo, or such a part degraded"),
         "edit_prompt": ("instruction", "what to do"),
         "edited_image": ("target", "the same part edited, or without the flaw"),
         "task": ("task", "the edit's name"),
     }
-    about = {
-        "title": "Generic edits",
+    about = about | {
         "licence": "other",
         "tags": ["image-editing", "instruction-tuning"],
-        "about": f"Tiles of {args.tile} pixels, cut from photos at several scales, with simple edits of them."
-        " The edits are described in `generic_edits.py` of the project.",
         "licences": f"Photos of {as_code(for_others(args.photos))}, licence: "
         + as_text(args.photos_license or UNKNOWN_LICENCE),
     }
@@ -184,15 +207,17 @@ def build_generic_edits(args) -> None:
             usable = take_photos(photos, skipped, lambda *_: (args.tile,) * 2, args.tile, 0, args, pool)
         for number in range(args.rows if usable else 0):
             photo = usable[int(unit_hash("photo", args.seed, number) * len(usable))]
-            kept = unit_hash("keep", args.seed, number) < args.keep_share
-            rows.append(replace(photo, task="keep" if kept else TURNS[number % len(TURNS)], repeat=number))
+            rows.append(replace(photo, task=turn(number), repeat=number))
         return rows, skipped
 
-    build(Work(args, columns, instructions, partial(edit_rows, args, photos.read)), settings, about, make_plan)
+    settings = {"photos": photos.digest, "rows": args.rows, "tile": args.tile} | settings
+    build(Work(args, columns, instructions, partial(edit_rows, args, photos.read, pair)), settings, about, make_plan)
 
 
-def edit_rows(args, read_photo: Callable[[str], bytes]) -> Callable[[list[Row]], list[tuple[bytes, ...]]]:
-    """What makes rows: of each a tile of a photo before and after the edit, as PNG files."""
+def edit_rows(
+    args, read_photo: Callable[[str], bytes], pair: Callable
+) -> Callable[[list[Row]], list[tuple[bytes, ...]]]:
+    """What makes rows: of each a tile of a photo before and after its task, see `build_tiles`, as PNG files."""
 
     @lru_cache(256)
     def read(source: str, image_hash: str) -> np.ndarray:
@@ -203,7 +228,7 @@ def edit_rows(args, read_photo: Callable[[str], bytes]) -> Callable[[list[Row]],
         for row in rows:
             rng = np.random.default_rng(int(unit_hash("edit", args.seed, row.image_hash, row.repeat) * 2**48))
             tile = cut_tile(read(row.source, row.image_hash), args.tile, rng)
-            made.append(tuple(map(encode_png, make_pair(row.task, tile, rng))))
+            made.append(tuple(map(encode_png, pair(row.task, tile, rng))))
         return made
 
     return make_rows
