@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OLD_VENV ?= .venv-old-libraries
 
-.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base demo test test-fast test-long test-old-libraries soak long-run many-rows lint bench clean
+.PHONY: quickstart quickstart-low-level quickstart-control evaluate-low-level tiny-base flan demo test test-fast test-long test-old-libraries soak long-run many-rows lint bench clean
 
 # The stamps hold the installed state: a changed requirements file installs again.
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -54,6 +54,10 @@ demo: $(VENV)/.installed-demo
 # Trains models like those in assets/, into outputs/tiny_models: some two hours on one CPU core.
 tiny-base: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/tiny_base.sh
+
+# Does instruction tuning generalise? Hours; FLAN="--held_out tint --seeds 0" makes some of the runs, later calls others.
+flan: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=$(or $(THREADS),1) $(BIN)/python tools/flan.py --output_dir outputs/flan $(FLAN)
 
 # Two workers on two cores; each loads its own libraries, a gigabyte, so no more than eight.
 test: lint
