@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add = parser.add_argument_group("pairs").add_argument
     add("--tasks", nargs="+", required=True, metavar="NAME_OR_CLUSTER",
-        help="tint, color, tone, detail, style, restoration, cover, compound, or a task's name")
+        help="tint, color, tone, style, restoration, cover, compound, or a task's name")
     add_photo_flags(add)
     add("--rows", type=whole_number(1), default=4000, metavar="N", help="make so many pairs, in all splits")
     add("--tile", type=whole_number(16), default=64, metavar="PIXELS", help="side of the images")

@@ -6,6 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from data_preparation import build_generic_edits, build_tasks
 from instruct_pix2pix.building import generic_edits, tasks
@@ -17,6 +19,7 @@ from tests.conftest import ROOT
 from tests.data_scripts import checksums, make_photos, pixels, plan_of, read_rows
 from tools import flan
 
+TINY = ROOT / "assets/tiny-stable-diffusion"
 WHOLE = ("--validation_fraction", "0", "--test_fraction", "0")
 
 
@@ -131,7 +134,8 @@ def test_fewer_tasks_are_the_first_of_more_and_none_is_of_the_cluster_left_out()
 
 
 @pytest.mark.slow
-def test_two_runs_end_to_end_and_the_second_call_goes_on(tmp_path, capfd):
+def test_two_runs_end_to_end_and_the_second_call_goes_on(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
     for split in ("train", "test"):
         (tmp_path / "photos" / split).mkdir(parents=True)
         for path in sorted((ROOT / "assets/photos" / split).glob("*.webp"))[:4]:
@@ -155,6 +159,9 @@ def test_two_runs_end_to_end_and_the_second_call_goes_on(tmp_path, capfd):
             assert row["edit_prompt"] == TASKS[row["task"]].wordings[:2]
         for measured in line["measured"].values():
             assert len(measured["gain"]) == len(measured["cost"]) == 4 and np.isfinite(measured["gain"]).all()
+    words = [load_file(base / "text_encoder/model.safetensors") for base in (TINY, tmp_path / "flan/base")]
+    (name,) = (name for name in words[0] if "token_embedding" in name)
+    assert torch.equal(10 * words[0][name], words[1][name])
     table = (tmp_path / "flan/table.md").read_text()
     assert table in said and "| 4 | 2 | " in table and (tmp_path / "flan/plot.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="--output_dir: .*results.jsonl is of other settings"):

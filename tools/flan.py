@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Does instruction tuning generalise? The question of FLAN (arXiv 2109.01652, sections 2.2 and 4.1) for image editing.
+"""Does instruction tuning generalise? The question of FLAN (arXiv 2109.01652, section 4.1) for image editing.
 
     python tools/flan.py --output_dir outputs/flan
     python tools/flan.py --held_out tint tone --num_tasks 1 0 --wordings 20 --seeds 0
@@ -34,19 +34,17 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.building.generic_edits import cut_tile
 from instruct_pix2pix.building.photos import decode_image, find_photos
 from instruct_pix2pix.building.tasks import CLUSTERS, COMPOUNDS, TASKS, Task
-from instruct_pix2pix.cli import Parser, UserError, one_progress_bar, run, whole_number
+from instruct_pix2pix.cli import Parser, UserError, above_zero, one_progress_bar, run, whole_number
 from instruct_pix2pix.files import check_folder, read_json_lines, unit_hash, write_json_lines, write_text, written_whole
 
-ROOT = Path(__file__).parents[1]
 RUN = "seed", "held_out", "num_tasks", "wordings"  # what tells one run of a folder from another
 KINDS = TRAINED, REWORDED, HELD_OUT, COMPOUND = "trained on", "reworded", "held out", "compound"
 MEASURES = {"gain": "dB above the image itself", "cost": "dB above the edit by another task's instruction"}
-# An edit has one right answer, so no guidance and few steps (docs/sweep.md).
-SAMPLING = {"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
-TRAINING = (
-    "--train_batch_size=16 --optimizer=schedulefree --no-use_ema --lr_scheduler=constant_with_warmup"
-    " --lr_warmup_steps=50 --learning_rate=3e-3"
-)
+FIXED = "--center_crop --cache_latents --conditioning_dropout_prob=0 --guidance_scale=1 --image_guidance_scale=1"
+FIXED += " --checkpointing_steps=1000 --checkpoints_total_limit=1 --resume_from_checkpoint=latest --report_to=none"
+TRAINING = "--train_batch_size=16 --optimizer=schedulefree --no-use_ema --learning_rate=3e-3"
+TRAINING += " --lr_scheduler=constant_with_warmup --lr_warmup_steps=30"
+SAMPLING = {"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0}  # see docs/sweep.md
 MOST_ALIKE = 35  # dB between input and target from which on there is next to nothing to edit
 
 
@@ -65,15 +63,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--resolution", type=whole_number(16), default=32, help="side of all images in pixels, a multiple of 16")
     add("--images", type=whole_number(2), default=96, help="edits of each kind to measure")
     add("--training", default=TRAINING, metavar="FLAGS", help="further flags of train_instruct_pix2pix.py, in one word")
-    add("--base", default=str(ROOT / "assets/tiny-stable-diffusion"), metavar="FOLDER_OR_ID", help="the model to train")
-    add("--photos", type=Path, default=ROOT / "assets/photos", metavar="DIR",
+    add("--base", default="assets/tiny-stable-diffusion", metavar="FOLDER_OR_ID", help="the model to train")
+    add("--word_scale", type=above_zero, default=10, metavar="F",
+        help="multiplies the base's embeddings of words, which its text encoder hardly tells apart; 1: as they are")
+    add("--photos", type=Path, default=Path("assets/photos"), metavar="DIR",
         help="its child train is trained on, its child test edited")
     add("--output_dir", type=Path, default=Path("outputs/flan"), help="where results go")
     add("--keep", action="store_true", help="keep each run's dataset and model in OUTPUT_DIR/runs")
     # fmt: on
-    args = parser.parse_args(argv)
-    check_folder("--output_dir", args.output_dir)
-    return args
+    return parser.parse_args(argv)
 
 
 def training_tasks(held_out: str, count: int, seed: int) -> list[Task]:
@@ -82,22 +80,33 @@ def training_tasks(held_out: str, count: int, seed: int) -> list[Task]:
     return [TASKS[name] for name in names if TASKS[name].cluster != held_out][: count or None]
 
 
+def prepare_base(args) -> None:
+    """Write OUTPUT_DIR/base, --base with the embeddings of its words multiplied."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from instruct_pix2pix.models.tiny import save_pipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(args.base, safety_checker=None)
+    with torch.no_grad():
+        pipeline.text_encoder.get_input_embeddings().weight.mul_(args.word_scale)
+    shutil.rmtree(args.output_dir / "base", ignore_errors=True)
+    save_pipeline(pipeline, args.output_dir / "base")
+
+
 def train(tasks: list[Task], wordings: int, seed: int, folder: Path, args) -> None:
     """Build folder/dataset and train folder/model on it, or go on with that."""
     # fmt: off
-    build = ["data_preparation/build_tasks.py", "--tasks", *(task.name for task in tasks),
-             "--photos", args.photos / "train", "--rows", args.rows, "--tile", args.resolution,
-             "--wordings", wordings, "--all_instructions", "--validation_fraction=0", "--test_fraction=0",
-             "--seed", seed, "--output_dir", folder / "dataset"]
-    train = ["train_instruct_pix2pix.py", f"--pretrained_model_name_or_path={args.base}",
-             f"--dataset_name={folder / 'dataset'}", f"--resolution={args.resolution}", "--center_crop",
-             "--cache_latents", "--conditioning_dropout_prob=0", "--guidance_scale=1", "--image_guidance_scale=1",
-             f"--max_train_steps={args.updates}", "--checkpointing_steps=1000", "--checkpoints_total_limit=1",
-             "--resume_from_checkpoint=latest", f"--seed={seed}", "--report_to=none",
-             f"--output_dir={folder / 'model'}", *shlex.split(args.training)]
+    build = ["data_preparation/build_tasks.py", "--tasks", *(task.name for task in tasks), "--wordings", wordings,
+             "--photos", args.photos / "train", "--rows", args.rows, "--tile", args.resolution, "--seed", seed,
+             "--all_instructions", "--validation_fraction=0", "--test_fraction=0", "--output_dir", folder / "dataset"]
+    train = ["train_instruct_pix2pix.py", f"--pretrained_model_name_or_path={args.output_dir / 'base'}",
+             f"--dataset_name={folder / 'dataset'}", f"--resolution={args.resolution}", f"--seed={seed}",
+             f"--max_train_steps={args.updates}", f"--output_dir={folder / 'model'}", *shlex.split(FIXED),
+             *shlex.split(args.training)]
     # fmt: on
     for script, *flags in (build, train):
-        done = subprocess.run([sys.executable, str(ROOT / script), *map(str, flags)])
+        done = subprocess.run([sys.executable, script, *map(str, flags)])
         if done.returncode:
             sys.exit(done.returncode)  # it has said why
 
@@ -137,9 +146,8 @@ def make_run(seed: int, held_out: str, num_tasks: int, wordings: int, photos: li
     started, tasks = time.perf_counter(), training_tasks(held_out, num_tasks, seed)
     folder = args.output_dir / "runs" / f"{held_out}-{num_tasks}-{wordings}-{seed}"
     train(tasks, wordings, seed, folder, args)
-    apart = [task for task in TASKS.values() if task.cluster == held_out]
-    names = {task.name for task in apart}
-    compounds = [task for task in COMPOUNDS.values() if names.isdisjoint(task.parts)]
+    apart = [TASKS[name] for name in CLUSTERS[held_out]]
+    compounds = [task for task in COMPOUNDS.values() if CLUSTERS[held_out].keys().isdisjoint(task.parts)]
     pipeline = editing.load_pipeline(str(folder / "model"))
     by_kind = zip(KINDS, (tasks, tasks, apart, compounds), strict=True)
     measured = {kind: measure(pipeline, kind, chosen, photos, args) for kind, chosen in by_kind}
@@ -171,10 +179,8 @@ def report(lines: list[dict], folder: Path) -> str:
     for kind, plane in zip(KINDS, figure.subplots(1, len(KINDS)), strict=True):
         for wordings in dict.fromkeys(wordings for _, wordings in groups):
             found = {tasks: mean(runs, kind) for (tasks, of), runs in groups.items() if of == wordings}
-            means = [of["mean"] for of in found.values()]
-            ends = [[of["mean"] - of["low"], of["high"] - of["mean"]] for of in found.values()]
-            plane.errorbar(list(found), means, np.transpose(ends), fmt="o-", capsize=3, label=wordings)
-        plane.axhline(0, color="black", linewidth=0.5)
+            middle, low, high = np.array([[of[end] for end in ("mean", "low", "high")] for of in found.values()]).T
+            plane.errorbar(list(found), middle, [middle - low, high - middle], fmt="o-", capsize=3, label=wordings)
         plane.set(title=kind, xlabel="tasks trained on", ylabel=MEASURES["gain"])
         plane.legend(title="wordings")
     with written_whole(folder / "plot.png") as temporary:
@@ -184,15 +190,18 @@ def report(lines: list[dict], folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_folder("--output_dir", args.output_dir)
     one_progress_bar()
     found = find_photos(args.photos / "test")
     photos = [decode_image(found.read(name)) for name in found.names]
-    settings = {name: getattr(args, name) for name in ("updates", "rows", "resolution", "images", "training", "base")}
+    chosen = {"held_out", "num_tasks", "wordings", "seeds", "output_dir", "keep"}  # all else is alike in all runs
+    settings = {name: str(value) for name, value in vars(args).items() if name not in chosen}
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / "results.jsonl"
     lines = read_json_lines(path)
     if any(line["settings"] != settings for line in lines):
         raise UserError(f"--output_dir: {path} is of other settings; name another folder")
+    prepare_base(args)
     wanted = list(itertools.product(args.seeds, args.held_out, args.num_tasks, args.wordings))
     for number, values in enumerate(wanted, 1):
         key = dict(zip(RUN, values, strict=True))

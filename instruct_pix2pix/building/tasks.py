@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from instruct_pix2pix.building import degradations
 from instruct_pix2pix.building import generic_edits as generic
 from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
-from instruct_pix2pix.building.generic_edits import EDITS, RESTORATIONS, add_noise, add_rain, tint, to_uint8
+from instruct_pix2pix.building.generic_edits import EDITS, RESTORATIONS, add_rain, tint, to_uint8
 from instruct_pix2pix.cli import UserError, nearest
 from instruct_pix2pix.files import unit_hash
 
@@ -46,9 +45,8 @@ def swap(*channels: int):
 
 
 def pixelate(image, rng):
-    height, width = image.shape[:2]
-    small = cv2.resize(image, (max(1, width // 4), max(1, height // 4)), interpolation=cv2.INTER_AREA)
-    return cv2.resize(small, (width, height), interpolation=cv2.INTER_NEAREST)
+    small = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def emboss(image, rng):
@@ -74,14 +72,6 @@ def add_frame(image, rng):
     return cv2.copyMakeBorder(inner, *(width,) * 4, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
-def add_lines(image, rng):
-    return np.where(np.arange(len(image))[:, None, None] % 8 < 2, np.uint8(0), image)
-
-
-def compress(image, rng):
-    return to_uint8(255 * degradations.jpeg(image.astype(np.float32) / 255, rng.uniform(0.8, 1), rng))
-
-
 # fmt: off
 CLUSTERS = {
     "tint": {
@@ -91,7 +81,7 @@ CLUSTERS = {
         "yellow": (tint(1.15, 1.1, 0.5), "make it yellow, add a yellow tint, tint it yellow, give it a yellow tone"),
     },
     "color": {
-        **{name: EDITS[name] for name in ("gray", "sepia", "invert", "vivid", "pale")},
+        **{name: EDITS[name] for name in ("gray", "sepia", "invert", "vivid")},
         "swap red and blue": (swap(2, 1, 0), EDITS["swap red and blue"][1] + ", make red blue and blue red"),
         "swap red and green": (swap(1, 0, 2), "swap red and green, flip the red and green colors, "
             "replace red with green and green with red, make red green and green red"),
@@ -101,35 +91,28 @@ CLUSTERS = {
         "solarize": (lambda image, rng: np.where(image < 128, image, 255 - image),
             "solarize the image, make it solarized, add a solarized effect, reverse the highlights"),
     },
-    "detail": {
-        **{name: EDITS[name] for name in ("blur", "sharpen")},
-        "pixelate": (pixelate, "pixelate the image, make it blocky, show large pixels, make it a mosaic"),
-        "smooth": (lambda image, rng: cv2.medianBlur(image, 5),
-            "smooth the image, remove the texture, make it smoother, flatten the texture"),
-    },
     "style": {
-        **{name: EDITS[name] for name in ("edges", "posterize")},
-        "cartoon": (lambda image, rng: opencv_cartoonize(image[None])[0],
-            "cartoonize the image, make it a cartoon, turn it into a comic, draw it as anime"),
-        "emboss": (emboss, "emboss the image, add an emboss effect, turn it into an emboss, make it look like stone"),
+        **{name: EDITS[name] for name in ("blur", "posterize", "edges")},
         "neon": (lambda image, rng: 255 - generic.edges(image, rng),
             "make it neon, draw bright lines on black, show neon outlines, turn it into neon lights"),
+        "emboss": (emboss, "emboss the image, add an emboss effect, turn it into an emboss, make it look like stone"),
+        "cartoon": (lambda image, rng: opencv_cartoonize(image[None])[0],
+            "cartoonize the image, make it a cartoon, turn it into a comic, draw it as anime"),
+        "pixelate": (pixelate, "pixelate the image, make it blocky, show large pixels, make it a mosaic"),
     },
     "restoration": {
-        **RESTORATIONS,
-        "dejpeg": (compress,
-            "remove the jpeg artifacts, remove the compression, clean the compressed image, undo the compression"),
+        **{name: RESTORATIONS[name] for name in ("denoise", "derain", "low light")},
         "dehaze": (add_fog, "dehaze the image, remove the fog, clear the mist, take the haze away"),
         "unfade": (generic.contrast(0.45),
             "restore the faded image, undo the fade, recover the contrast, repair the faded look"),
     },
     "cover": {
         "add rain": (add_rain, "add rain, make it rainy, draw rain streaks, put rain into the image"),
-        "add noise": (add_noise, "add noise, make it noisy, add film grain, put grain into the image"),
         "add fog": (add_fog, "add fog, make it foggy, put haze into it, put mist into the image"),
         "add snow": (add_snow, "add snow, make it snowy, put snow on it, put snow into the image"),
         "frame": (add_frame, "add a white frame, frame the image, draw a white frame, put it into a white frame"),
-        "lines": (add_lines, "add black lines, draw horizontal lines, put black lines on it, add dark lines"),
+        "lines": (lambda image, rng: np.where(np.arange(len(image))[:, None, None] % 8 < 2, np.uint8(0), image),
+            "add black lines, draw horizontal lines, put black lines on it, add dark lines"),
     },
 }
 # fmt: on
@@ -185,12 +168,9 @@ def build_tasks(args) -> None:
     """Make the dataset that the flags of build_tasks.py ask for."""
     tasks = choose(args.tasks)
     names = list(tasks)
-    about = {
-        "title": "Tasks",
-        "about": f"Tiles of {args.tile} pixels, cut from photos at several scales, before and after tasks of the"
-        f" clusters {', '.join(dict.fromkeys(task.cluster for task in tasks.values()))}."
-        " The tasks are described in `tasks.py` of the project.",
-    }
+    clusters = ", ".join(dict.fromkeys(task.cluster for task in tasks.values()))
+    text = f"Tiles of {args.tile} pixels, cut from photos at several scales, before and after tasks: {clusters}."
+    about = {"title": "Tasks", "about": f"{text} They are described in `tasks.py` of the project."}
     found = generic.choose_instructions(args, {name: (task.wordings, task.held_out) for name, task in tasks.items()})
     instructions = {name: (training[: args.wordings], testing) for name, (training, testing) in found.items()}
     generic.build_tiles(args, about, {"tasks": names}, instructions, lambda n: names[n % len(names)], make_pair)
