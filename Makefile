@@ -56,7 +56,7 @@ tiny-base: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/tiny_base.sh
 
 # Does instruction tuning generalise? Hours; FLAN="--held_out tint --seeds 0" makes some of the runs, later calls others.
-flan: $(VENV)/.installed-dev
+flan: $(VENV)/.installed
 	OMP_NUM_THREADS=$(or $(THREADS),1) $(BIN)/python tools/flan.py --output_dir outputs/flan $(FLAN)
 
 # Two workers on two cores; each loads its own libraries, a gigabyte, so no more than eight.

@@ -42,8 +42,8 @@ KINDS = TRAINED, REWORDED, HELD_OUT, COMPOUND = "trained on", "reworded", "held 
 MEASURES = {"gain": "dB above the image itself", "cost": "dB above the edit by another task's instruction"}
 FIXED = "--center_crop --cache_latents --conditioning_dropout_prob=0 --guidance_scale=1 --image_guidance_scale=1"
 FIXED += " --checkpointing_steps=1000 --checkpoints_total_limit=1 --resume_from_checkpoint=latest --report_to=none"
-TRAINING = "--train_batch_size=16 --optimizer=schedulefree --no-use_ema --learning_rate=3e-3"
-TRAINING += " --lr_scheduler=constant_with_warmup --lr_warmup_steps=30"
+TRAINING = "--train_batch_size=32 --optimizer=muon --learning_rate=3e-3 --adam_beta2=0.99 --adam_weight_decay=1e-4"
+TRAINING += " --lr_scheduler=cosine --lr_warmup_steps=30"
 SAMPLING = {"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0}  # see docs/sweep.md
 MOST_ALIKE = 35  # dB between input and target from which on there is next to nothing to edit
 
@@ -58,7 +58,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--wordings", nargs="+", type=whole_number(1), default=[1, 5, 20], metavar="N", help="wordings of each task")
     add("--seeds", nargs="+", type=whole_number(0), default=[0, 1, 2], metavar="N", help="of tasks, data and training")
     add = parser.add_argument_group("each run").add_argument
-    add("--updates", type=whole_number(1), default=1500, help="updates of training")
+    add("--updates", type=whole_number(1), default=1600, help="updates of training")
     add("--rows", type=whole_number(1), default=4000, help="pairs to train on, of all tasks together")
     add("--resolution", type=whole_number(16), default=32, help="side of all images in pixels, a multiple of 16")
     add("--images", type=whole_number(2), default=96, help="edits of each kind to measure")
@@ -107,8 +107,8 @@ def train(tasks: list[Task], wordings: int, seed: int, folder: Path, args) -> No
     # fmt: on
     for script, *flags in (build, train):
         done = subprocess.run([sys.executable, script, *map(str, flags)])
-        if done.returncode:
-            sys.exit(done.returncode)  # it has said why
+        if done.returncode:  # it has said why
+            sys.exit(done.returncode)
 
 
 def measure(pipeline, kind: str, tasks: list[Task], photos: list[np.ndarray], args) -> dict[str, list[float]]:
@@ -179,7 +179,8 @@ def report(lines: list[dict], folder: Path) -> str:
     for kind, plane in zip(KINDS, figure.subplots(1, len(KINDS)), strict=True):
         for wordings in dict.fromkeys(wordings for _, wordings in groups):
             found = {tasks: mean(runs, kind) for (tasks, of), runs in groups.items() if of == wordings}
-            middle, low, high = np.array([[of[end] for end in ("mean", "low", "high")] for of in found.values()]).T
+            ends = [[(of or {}).get(end) for end in ("mean", "low", "high")] for of in found.values()]
+            middle, low, high = np.array(ends, float).T  # not a number where no edit became a picture
             plane.errorbar(list(found), middle, [middle - low, high - middle], fmt="o-", capsize=3, label=wordings)
         plane.set(title=kind, xlabel="tasks trained on", ylabel=MEASURES["gain"])
         plane.legend(title="wordings")
