@@ -16,7 +16,6 @@ results.jsonl has a line for each run that has ended, and a run that is there is
 are made of all of them. docs/generalisation.md says what was asked and found.
 """
 
-import argparse
 import itertools
 import math
 import shlex
@@ -24,7 +23,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +32,7 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.building.generic_edits import cut_tile
 from instruct_pix2pix.building.photos import decode_image, find_photos
 from instruct_pix2pix.building.tasks import CLUSTERS, COMPOUNDS, TASKS, Task
-from instruct_pix2pix.cli import Parser, UserError, above_zero, one_progress_bar, run, whole_number
+from instruct_pix2pix.cli import Parser, UserError, above_zero, run, whole_number
 from instruct_pix2pix.files import check_folder, read_json_lines, unit_hash, write_json_lines, write_text, written_whole
 
 RUN = "seed", "held_out", "num_tasks", "wordings"  # what tells one run of a folder from another
@@ -46,32 +44,6 @@ TRAINING = "--train_batch_size=32 --optimizer=muon --learning_rate=3e-3 --adam_b
 TRAINING += " --lr_scheduler=cosine --lr_warmup_steps=30"
 SAMPLING = {"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0}  # see docs/sweep.md
 MOST_ALIKE = 35  # dB between input and target from which on there is next to nothing to edit
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    # fmt: off
-    parser = Parser(__doc__)
-    add = parser.add_argument_group("runs", "Every combination of these.").add_argument
-    add("--held_out", nargs="+", choices=CLUSTERS, default=list(CLUSTERS), metavar="CLUSTER", help="what is left out")
-    add("--num_tasks", nargs="+", type=whole_number(0), default=[1, 4, 12, 0], metavar="N",
-        help="tasks to train on; 0: all of the other clusters")
-    add("--wordings", nargs="+", type=whole_number(1), default=[1, 5, 20], metavar="N", help="wordings of each task")
-    add("--seeds", nargs="+", type=whole_number(0), default=[0, 1, 2], metavar="N", help="of tasks, data and training")
-    add = parser.add_argument_group("each run").add_argument
-    add("--updates", type=whole_number(1), default=1600, help="updates of training")
-    add("--rows", type=whole_number(1), default=4000, help="pairs to train on, of all tasks together")
-    add("--resolution", type=whole_number(16), default=32, help="side of all images in pixels, a multiple of 16")
-    add("--images", type=whole_number(2), default=96, help="edits of each kind to measure")
-    add("--training", default=TRAINING, metavar="FLAGS", help="further flags of train_instruct_pix2pix.py, in one word")
-    add("--base", default="assets/tiny-stable-diffusion", metavar="FOLDER_OR_ID", help="the model to train")
-    add("--word_scale", type=above_zero, default=10, metavar="F",
-        help="multiplies the base's embeddings of words, which its text encoder hardly tells apart; 1: as they are")
-    add("--photos", type=Path, default=Path("assets/photos"), metavar="DIR",
-        help="its child train is trained on, its child test edited")
-    add("--output_dir", type=Path, default=Path("outputs/flan"), help="where results go")
-    add("--keep", action="store_true", help="keep each run's dataset and model in OUTPUT_DIR/runs")
-    # fmt: on
-    return parser.parse_args(argv)
 
 
 def training_tasks(held_out: str, count: int, seed: int) -> list[Task]:
@@ -106,9 +78,8 @@ def train(tasks: list[Task], wordings: int, seed: int, folder: Path, args) -> No
              *shlex.split(args.training)]
     # fmt: on
     for script, *flags in (build, train):
-        done = subprocess.run([sys.executable, script, *map(str, flags)])
-        if done.returncode:  # it has said why
-            sys.exit(done.returncode)
+        if code := subprocess.call([sys.executable, script, *map(str, flags)]):
+            sys.exit(code)  # it has said why
 
 
 def measure(pipeline, kind: str, tasks: list[Task], photos: list[np.ndarray], args) -> dict[str, list[float]]:
@@ -146,15 +117,14 @@ def make_run(seed: int, held_out: str, num_tasks: int, wordings: int, photos: li
     started, tasks = time.perf_counter(), training_tasks(held_out, num_tasks, seed)
     folder = args.output_dir / "runs" / f"{held_out}-{num_tasks}-{wordings}-{seed}"
     train(tasks, wordings, seed, folder, args)
-    apart = [TASKS[name] for name in CLUSTERS[held_out]]
     compounds = [task for task in COMPOUNDS.values() if CLUSTERS[held_out].keys().isdisjoint(task.parts)]
     pipeline = editing.load_pipeline(str(folder / "model"))
-    by_kind = zip(KINDS, (tasks, tasks, apart, compounds), strict=True)
+    by_kind = zip(KINDS, (tasks, tasks, [TASKS[name] for name in CLUSTERS[held_out]], compounds), strict=True)
     measured = {kind: measure(pipeline, kind, chosen, photos, args) for kind, chosen in by_kind}
     if not args.keep:
         shutil.rmtree(folder)
-    seconds = round(time.perf_counter() - started, 1)
-    return {"tasks": [task.name for task in tasks], "seconds": seconds, "measured": measured}
+    about = {"tasks": [task.name for task in tasks], "seconds": round(time.perf_counter() - started, 1)}
+    return about | {"measured": measured}
 
 
 def report(lines: list[dict], folder: Path) -> str:
@@ -166,9 +136,9 @@ def report(lines: list[dict], folder: Path) -> str:
     def mean(runs: list[dict], kind: str, name: str = "gain") -> dict | None:
         return interval(np.array([value for line in runs for value in line["measured"][kind][name]], float))
 
-    groups = defaultdict(list)
+    groups = {}
     for line in sorted(lines, key=lambda line: (line["num_tasks"] or math.inf, line["wordings"])):
-        groups[str(line["num_tasks"] or "all"), str(line["wordings"])].append(line)
+        groups.setdefault((str(line["num_tasks"] or "all"), str(line["wordings"])), []).append(line)
     text = f"{len(lines)} runs: means over the images of all of them, with 95% intervals.\n"
     for name, title in MEASURES.items():
         text += f"\n{title}:\n\n| tasks | wordings | {' | '.join(KINDS)} |\n|---:|---:|{'---|' * len(KINDS)}\n"
@@ -190,9 +160,30 @@ def report(lines: list[dict], folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    # fmt: off
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("runs", "Every combination of these.").add_argument
+    add("--held_out", nargs="+", choices=CLUSTERS, default=list(CLUSTERS), metavar="CLUSTER", help="what is left out")
+    add("--num_tasks", nargs="+", type=whole_number(0), default=[1, 4, 12, 0], metavar="N",
+        help="tasks to train on; 0: all of the other clusters")
+    add("--wordings", nargs="+", type=whole_number(1), default=[1, 5, 20], metavar="N", help="wordings of each task")
+    add("--seeds", nargs="+", type=whole_number(0), default=[0, 1, 2], metavar="N", help="of tasks, data and training")
+    add = parser.add_argument_group("each run").add_argument
+    add("--updates", type=whole_number(1), default=1600, help="updates of training")
+    add("--rows", type=whole_number(1), default=4000, help="pairs to train on, of all tasks together")
+    add("--resolution", type=whole_number(16), default=32, help="side of all images in pixels, a multiple of 16")
+    add("--images", type=whole_number(2), default=96, help="edits of each kind to measure")
+    add("--training", default=TRAINING, metavar="FLAGS", help="further flags of train_instruct_pix2pix.py, in one word")
+    add("--base", default="assets/tiny-stable-diffusion", metavar="FOLDER_OR_ID", help="the model to train")
+    add("--word_scale", type=above_zero, default=10, metavar="F",
+        help="multiplies the base's embeddings of words, which its text encoder hardly tells apart; 1: as they are")
+    add("--photos", type=Path, default=Path("assets/photos"), metavar="DIR",
+        help="its child train is trained on, its child test edited")
+    add("--output_dir", type=Path, default=Path("outputs/flan"), help="where results go")
+    add("--keep", action="store_true", help="keep each run's dataset and model in OUTPUT_DIR/runs")
+    # fmt: on
+    args = parser.parse_args(argv)
     check_folder("--output_dir", args.output_dir)
-    one_progress_bar()
     found = find_photos(args.photos / "test")
     photos = [decode_image(found.read(name)) for name in found.names]
     chosen = {"held_out", "num_tasks", "wordings", "seeds", "output_dir", "keep"}  # all else is alike in all runs

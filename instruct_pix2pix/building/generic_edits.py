@@ -179,9 +179,7 @@ def choose_instructions(
     return {name: read_instructions(args.instructions / f"{name}.txt") for name in wordings}
 
 
-def build_tiles(
-    args, about: dict, settings: dict, instructions: dict, turn: Callable[[int], str], pair: Callable
-) -> None:
+def build_tiles(args, about: dict, settings: dict, instructions: dict, turn: Callable, pair: Callable) -> None:
     """Make a dataset of tiles of --photos, the same part of a photo before and after a task.
 
     about: the card's title, and what it says of the dataset. settings: what decides the bytes beside the photos and the
@@ -214,9 +212,7 @@ def build_tiles(
     build(Work(args, columns, instructions, partial(edit_rows, args, photos.read, pair)), settings, about, make_plan)
 
 
-def edit_rows(
-    args, read_photo: Callable[[str], bytes], pair: Callable
-) -> Callable[[list[Row]], list[tuple[bytes, ...]]]:
+def edit_rows(args, read_photo: Callable[[str], bytes], pair: Callable) -> Callable[[list[Row]], list]:
     """What makes rows: of each a tile of a photo before and after its task, see `build_tiles`, as PNG files."""
 
     @lru_cache(256)

@@ -69,12 +69,6 @@ def add_sun(image, rng):
     return cv2.circle(image.copy(), (3 * width // 4, height // 4), min(height, width) // 5, (255, 225, 50), cv2.FILLED)
 
 
-def add_window(image, rng):
-    height, width = image.shape[:2]
-    lines = [abs(np.arange(length) - length // 2) < max(1, length // 16) for length in (height, width)]
-    return np.where((lines[0][:, None] | lines[1])[..., None], np.uint8(255), image)
-
-
 # fmt: off
 CLUSTERS = {
     "tint": {
@@ -105,13 +99,11 @@ CLUSTERS = {
     "restoration": {
         **{name: RESTORATIONS[name] for name in ("denoise", "derain", "low light")},
         "dehaze": (add_fog, "dehaze the image, remove the fog, clear the mist, take the haze away"),
-        "unfade": (generic.contrast(0.45),
-            "restore the faded image, undo the fade, recover the contrast, repair the faded look"),
+        "unfade": (generic.contrast(0.45), "undo the fade, restore the contrast, make it less faded, repair the fade"),
     },
     "cover": {
         "fog": (add_fog, "add fog, make it foggy, put haze into it, put mist into the image"),
         "sun": (add_sun, "add a sun, draw a yellow sun, put a sun into it, show the sun"),
-        "window": (add_window, "add a window, draw a white window, put a window on it, look out of a window"),
         "frame": (add_frame, "add a white frame, frame the image, draw a white frame, put it into a white frame"),
         "lines": (lambda image, rng: np.where(np.arange(len(image))[:, None, None] % 8 < 2, np.uint8(0), image),
             "add black lines, draw horizontal lines, put black lines on it, add dark lines"),
@@ -170,9 +162,7 @@ def build_tasks(args) -> None:
     """Make the dataset that the flags of build_tasks.py ask for."""
     tasks = choose(args.tasks)
     names = list(tasks)
-    clusters = ", ".join(dict.fromkeys(task.cluster for task in tasks.values()))
-    text = f"Tiles of {args.tile} pixels, cut from photos at several scales, before and after tasks: {clusters}."
-    about = {"title": "Tasks", "about": f"{text} They are described in `tasks.py` of the project."}
+    about = {"title": "Tasks", "about": f"Tiles of {args.tile} pixels of photos, before and after tasks of `tasks.py`."}
     found = generic.choose_instructions(args, {name: (task.wordings, task.held_out) for name, task in tasks.items()})
     instructions = {name: (training[: args.wordings], testing) for name, (training, testing) in found.items()}
     generic.build_tiles(args, about, {"tasks": names}, instructions, lambda n: names[n % len(names)], make_pair)
