@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     instruct = {"updates": instruct["steps"], "seconds": round(instruct["train_seconds"])}
     stages = code_block("json", json.dumps({"vae": vae, "base": base, "instruct": instruct}, indent=2))
     figures = {BASE: f"\n## Figures\n\n`recipes/tiny_base.sh` on a CPU:\n\n{stages}"}
-    edits = "\n\n".join(code_block("text", "\n".join(table(metrics))) for metrics in (unguided, guided))
+    edits = "\n\n".join(code_block("text", "\n".join(table(metrics["models"]))) for metrics in (unguided, guided))
     figures[INSTRUCT] = figures[BASE] + EDITS + edits
     for name in (BASE, INSTRUCT):
         pipeline = DiffusionPipeline.from_pretrained(args.work_dir / name, local_files_only=True)
