@@ -207,14 +207,21 @@ def _fetch(model_id: str, name: str) -> str | None:
 def recommended_settings(model_id: str) -> dict | None:
     """What the model's recommended_settings.json holds, see `read_settings`; None where it has none, or, with a
     warning, where the Hub cannot be asked. Raises UserError for a file that is damaged."""
+    path = _beside(model_id, SETTINGS_FILE)
+    return read_settings(path) if path else None
+
+
+def _beside(model_id: str, name: str) -> Path | None:
+    """The path of a file that a model may have beside its parts; None where it has none, or, with a warning, where the
+    Hub cannot be asked."""
     folder = Path(model_id).expanduser()
-    path = folder / SETTINGS_FILE
+    path = folder / name
     if not folder.exists():
         try:
-            path = Path(_fetch(model_id, SETTINGS_FILE) or path)
+            path = Path(_fetch(model_id, name) or path)
         except Exception as error:
-            warn(f"{model_id}: the Hub cannot be asked for {SETTINGS_FILE} ({type(error).__name__})")
-    return read_settings(path) if path.is_file() else None
+            warn(f"{model_id}: the Hub cannot be asked for {name} ({type(error).__name__})")
+    return path if path.is_file() else None
 
 
 def sampling_of(args: argparse.Namespace, found: dict | None, instruction: str) -> tuple[Setting, str]:
@@ -234,10 +241,13 @@ def load_pipeline(
 ) -> StableDiffusionInstructPix2PixPipeline:
     """A model that passed `check_model`, where and in the precision that `choose_device` says; no progress bar.
 
-    A checkpoint edits with its average's weights, where it has one, as the pipeline exported there would. `options` go
-    to a pipeline's `from_pretrained`. Raises UserError where a file is missing or damaged.
+    A checkpoint edits with its average's weights, where it has one, as the pipeline exported there would. What the
+    model has of decoder skips is the pipeline's `decoder_skips`. `options` go to a pipeline's `from_pretrained`. Raises
+    UserError where a file is missing or damaged.
     """
     from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    from instruct_pix2pix.models import decoder_skips
 
     place, precision = choose_device(device, dtype)
     try:
@@ -245,6 +255,8 @@ def load_pipeline(
             pipeline = trained.load_pipeline(folder, precision)
         else:
             pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=precision, **options)
+            if all([_beside(model_id, file) for file in decoder_skips.FILES]):
+                pipeline.decoder_skips = decoder_skips.load(model_id, precision, place)
         pipeline.to(place)
     except UserError:
         raise
@@ -455,10 +467,13 @@ def window_starts(length: int, window: int) -> list[int]:
     return [round(rest * number / max(count, 1)) for number in range(count + 1)]
 
 
-def encode_images(pipeline, images: list[Image.Image]) -> torch.Tensor:
-    """B RGB images of one size that the model takes to latents (B, 4, h, w), for many calls of `edit_batch`."""
+def encode_images(pipeline, images: list[Image.Image]) -> torch.Tensor | list[Image.Image]:
+    """B RGB images of one size that the model takes to latents (B, 4, h, w), for many calls of `edit_batch`; the images
+    themselves where the decoder needs them too."""
     import torch
 
+    if getattr(pipeline, "decoder_skips", None):
+        return images
     with torch.no_grad():
         pixels = pipeline.image_processor.preprocess(images).to(pipeline.device, pipeline.vae.dtype)
         return pipeline.vae.encode(pixels).latent_dist.mode()
@@ -477,7 +492,8 @@ def edit_batch(
     negative_prompt: str = "",
     tile: int = 0,
     on_step=None,
-) -> list[Image.Image | str]:
+    latents: bool = False,
+) -> list[Image.Image | str] | torch.Tensor:
     """Edit B RGB images of one size, which `fit_image` gave: B images of that size, or why there is none. They may come
     as what `encode_images` made of them. `scheduler` is a key of SCHEDULERS, None for the pipeline's own.
 
@@ -487,14 +503,18 @@ def edit_batch(
 
     Guidance leads away from the `negative_prompt`, which equation 3 leaves empty. What is larger than `tile` pixels is
     edited `in_windows` of that side, or the next that the model takes. `on_step` is diffusers' callback_on_step_end.
+    With `latents` the edits stay what the UNet made, (B, C, h, w), times the VAE's scaling factor.
     """
     import numpy as np
     import torch
     from PIL import Image
 
+    from instruct_pix2pix.models import decoder_skips
+
     branches = skip_needless_branch(pipeline.unet, guidance_scale, image_guidance_scale)
+    skips = decoder_skips.in_use(pipeline.vae, getattr(pipeline, "decoder_skips", None))
     side = tile + -tile % size_multiple(pipeline)
-    with branches, sample_with(pipeline, scheduler), in_windows(pipeline, side):
+    with branches, skips, sample_with(pipeline, scheduler), in_windows(pipeline, side):
         output = pipeline(
             instructions,
             image=images,
@@ -503,9 +523,11 @@ def edit_batch(
             guidance_scale=guidance_scale,
             negative_prompt=[negative_prompt] * len(instructions),
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            output_type="np",
+            output_type="latent" if latents else "np",
             callback_on_step_end=on_step,
         )
+    if latents:
+        return output.images
     results: list[Image.Image | str] = []
     for pixels, hidden in zip(output.images, output.nsfw_content_detected or [False] * len(images), strict=True):
         if hidden:

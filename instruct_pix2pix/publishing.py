@@ -34,7 +34,8 @@ from instruct_pix2pix.files import (
     write_json,
     write_text,
 )
-from instruct_pix2pix.models import adapters, base_files, sd, single_file, trained
+from instruct_pix2pix.models import adapters, base_files, decoder_skips, sd, single_file, trained
+from instruct_pix2pix.models.decoder_skips import DecoderSkips
 from instruct_pix2pix.models.trained import CONFIG_FILE
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ SUMMARY_FILE = "training_summary.json"
 INDEX_FILE = "model_index.json"  # what makes a folder a pipeline
 PIPELINE_FOLDERS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 ADAPTER_FOLDER = "adapter"  # beside the pipeline, with --lora_rank
-EXPORTED = ("README.md", evidence.IMAGES, *PIPELINE_FOLDERS, ADAPTER_FOLDER)
+EXPORTED = ("README.md", evidence.IMAGES, *PIPELINE_FOLDERS, ADAPTER_FOLDER, decoder_skips.FOLDER)
 MOST_METADATA = 1 << 18  # characters of a base model's card that are looked at
 # Only these are uploaded: never checkpoints, caches, logs or trackers' files.
 PUBLISHED = ["README.md", INDEX_FILE, CONFIG_FILE, SETTINGS_FILE, *(f"{folder}/*" for folder in EXPORTED[1:])]
@@ -90,9 +91,11 @@ def check_finite(unet: torch.nn.Module) -> None:
             )
 
 
-def export(config, flags: dict, unet, summary: dict, repo_id: str | None, instruction: str) -> None:
-    """Write the trained `unet` and the base model's other parts as a pipeline into --output_dir, with the
-    configuration and a model card whose snippet edits by `instruction`.
+def export(
+    config, flags: dict, unet, summary: dict, repo_id: str | None, instruction: str, skips: DecoderSkips | None = None
+) -> None:
+    """Write the trained `unet`, the base model's other parts, and decoder `skips` if there are any, as a pipeline into
+    --output_dir, with the configuration and a model card whose snippet edits by `instruction`.
 
     At any moment the folder holds the pipeline from before, the new one, or no model_index.json and both in pieces,
     which `begin` puts together. Raises NotFinite, and UserError where the folder cannot be written.
@@ -103,7 +106,7 @@ def export(config, flags: dict, unet, summary: dict, repo_id: str | None, instru
     with _writable(output_dir, "the pipeline"):
         _finish_export(output_dir)
         try:
-            _write_export(new, config, flags, unet, summary, repo_id, instruction)
+            _write_export(new, config, flags, unet, summary, repo_id, instruction, skips)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
@@ -226,13 +229,17 @@ def _made_whole(flag: str, output: Path):
         new.unlink(missing_ok=True) if new.is_file() else shutil.rmtree(new, ignore_errors=True)
 
 
-def _write_export(folder: Path, config, flags: dict, unet, summary: dict, name: str | None, instruction: str) -> None:
+def _write_export(
+    folder: Path, config, flags: dict, unet, summary: dict, name: str | None, instruction: str, skips=None
+) -> None:
     """All that an export holds, whole on the disk; the card calls the model `name`, or as --output_dir is called."""
     _write_pipeline(folder, config, unet)
     write_json(folder / CONFIG_FILE, hide_paths(flags))
     if adapters.is_attached(unet):
         adapters.save(unet, folder / ADAPTER_FOLDER)
         write_json(folder / ADAPTER_FOLDER / CONFIG_FILE, hide_paths(flags))
+    if skips is not None:
+        skips.save_pretrained(folder / decoder_skips.FOLDER)
     shown = evidence.gather(Path(config.output_dir), summary["steps"], folder)
     write_text(folder / "README.md", model_card(config, flags, summary, name, instruction, *shown))
     flush_tree(folder)
@@ -243,7 +250,7 @@ def _put_in_place(output_dir: Path) -> None:
     new, old = output_dir / ".export.partial", output_dir / ".export.replaced"
     old.mkdir(exist_ok=True)  # from here on .export.partial is known to be whole
     items = sorted((path.name for path in new.iterdir()), key=lambda name: name != INDEX_FILE)
-    for name in items:  # the index leaves first
+    for name in (*items, ADAPTER_FOLDER, decoder_skips.FOLDER):  # the index leaves first, and what is no more as well
         if (output_dir / name).exists():
             os.replace(output_dir / name, old / name)
     for name in reversed(items):  # and comes last

@@ -21,6 +21,7 @@ STREAMS = {
     "substitute": 7,
     "groups": 8,
     "mixture": 9,
+    "decoder_skips": 10,
 }
 SUBSTITUTES = 1000  # rows that are tried in the place of one that cannot be used
 

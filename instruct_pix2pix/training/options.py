@@ -183,6 +183,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         " (InstructPix2Pix, section 3.2.1). 0 trains a model that cannot be guided.",
     )
 
+    add(
+        "--train_decoder_skips",
+        type=whole_number(0),
+        default=0,
+        metavar="UPDATES",
+        help="When the UNet is trained, train skips from the source image into the decoder for so many updates: detail"
+        " that latents do not hold (docs/training.md). 0 for none.",
+    )
+
     loss = parser.add_argument_group("loss and noise")
     add = loss.add_argument
     add("--loss_type", choices=("mse", "huber"), default="mse", help="Squared error, or Huber's function of the error.")

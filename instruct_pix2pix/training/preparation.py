@@ -327,7 +327,7 @@ def _say_what_changed(config, state: dict) -> None:
     """A resumed run may change flags, on purpose or not; those that change the course of training are named."""
     harmless = {"output_dir", "resume_from_checkpoint", "report_to", "max_train_steps", "num_train_epochs"}
     harmless |= {"tracker_project_name", "run_name", "wandb_entity", "tags", "keep_best", "stream_cache_gb"}
-    harmless |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"}
+    harmless |= {"push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "train_decoder_skips"}
     now, then = resolved(config), state["flags"]
     then = {"optimizer": "adamw8bit" if then.get("use_8bit_adam") else "adamw"} | then  # of before there was a choice
     for name in ("optimizer", "lora_rank", "lora_alpha", "use_dora"):  # which tensors there are, and of what kind

@@ -14,7 +14,7 @@ from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.files import naming, write_json
 from instruct_pix2pix.models.trained import damage
 from instruct_pix2pix.training import checkpoint as checkpoints
-from instruct_pix2pix.training import sharding
+from instruct_pix2pix.training import sharding, skips
 from instruct_pix2pix.training import step as steps
 from instruct_pix2pix.training.config import resolved
 from instruct_pix2pix.training.ema import unet_to_export
@@ -188,7 +188,9 @@ def finish(run: Run, summary: dict) -> None:
         if accelerator.is_main_process:
             prompt = config.validation_prompt
             instruction = prompt if isinstance(prompt, str) else run.triples.first_instruction
-            publishing.export(config, resolved(config), unet, summary, run.repo_id, instruction)
+            trained, told = skips.train(run, unet) if config.train_decoder_skips else (None, {})
+            summary |= told
+            publishing.export(config, resolved(config), unet, summary, run.repo_id, instruction, trained)
     if accelerator.is_main_process:
         write_json(Path(config.output_dir) / publishing.SUMMARY_FILE, summary)
         logger.info("the pipeline is in %s", config.output_dir)

@@ -1,0 +1,95 @@
+"""The second stage that --train_decoder_skips asks for: the UNet rests, and skips of the decoder learn from its edits.
+
+Training rows are edited by the UNet, and the decoder with skips is trained to make of the edits' latents what the rows
+say. It is deterministic, and done again where it was stopped.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from PIL import Image
+from tqdm import tqdm
+
+from instruct_pix2pix import editing
+from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.data.order import stream
+from instruct_pix2pix.data.triples import TripleDataset, collate, to_unit_range
+from instruct_pix2pix.models import decoder_skips, sd
+
+logger = logging.getLogger(__name__)
+
+MOST_PAIRS = 2048  # that are edited: as many images of 256 pixels take 800 MB of the host's memory
+HELD_BACK = 8  # every eighth is not learned from: do the skips help?
+STEPS = 8  # of sampling: as good as 20 (docs/sweep.md)
+LEARNING_RATE = 2e-3
+
+
+def train(run, unet) -> tuple[decoder_skips.DecoderSkips | None, dict]:
+    """Skips for `unet`, of the weights that are exported, and what to say of them; None where they do not help pairs
+    that were held back. For the main process."""
+    config, device = run.config, run.accelerator.device
+    samples, latents = edit_rows(run, unet)
+    vae = sd.load_model(config, "vae").requires_grad_(False).eval().to(device)  # float32, whatever trained
+    skips = decoder_skips.build(vae, config.seed).to(device)
+
+    def error(places: torch.Tensor, used: decoder_skips.DecoderSkips | None) -> torch.Tensor:
+        """Mean squared error of the decoded edits in [-1, 1], (B,)."""
+        source, target = (to_unit_range(samples[name][places].to(device)) for name in ("original", "edited"))
+        with decoder_skips.in_use(vae, used):
+            with torch.no_grad():
+                vae.encode(source)
+            decoded = vae.decode(latents[places].to(device), return_dict=False)[0]
+        return F.mse_loss(decoded, target, reduction="none").mean((1, 2, 3))
+
+    places = torch.arange(len(latents))
+    held_back = places[::HELD_BACK]
+    learned = places[places % HELD_BACK != 0] if len(places) > 1 else places
+    optimizer = torch.optim.AdamW(skips.parameters(), LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    updates = config.train_decoder_skips
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(20, updates // 10), updates)
+    rng = stream(config.seed, "decoder_skips")
+    for _ in tqdm(range(updates), desc="decoder skips", unit="update", mininterval=1):
+        batch = learned[torch.from_numpy(rng.integers(len(learned), size=config.train_batch_size))]
+        loss = error(batch, skips).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(skips.parameters(), config.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+
+    with torch.no_grad():
+        parts = held_back.split(config.train_batch_size)
+        without, with_them = (torch.cat([error(part, used) for part in parts]).log10() for used in (None, skips))
+    gain = 10 * (without - with_them).mean().item()
+    told = f"{gain:+.2f} dB on {len(held_back)} pairs held back, {'kept' if gain > 0 else 'not kept'}"
+    logger.info("decoder skips: %s", told)
+    return (skips if gain > 0 else None), {"decoder_skips": told}
+
+
+@torch.no_grad()
+def edit_rows(run, unet) -> tuple[dict, torch.Tensor]:
+    """The first training samples as `collate` gives them, no more than training has seen, and what the UNet makes of
+    them with the guidance of the flags: latents (N, C, h, w) that the decoder takes, on the CPU."""
+    config, frozen = run.config, (run.text_encoder, run.vae)
+    rows = TripleDataset(run.triples, config, (1, 1, 1), num_timesteps=1)
+    count = min(MOST_PAIRS, run.samples_seen(config.max_train_steps))
+    pipeline = sd.build_pipeline(run.configs, run.tokenizer, run.text_encoder, run.vae, unet)
+    setting = editing.usual_setting(config)._replace(steps=STEPS)._asdict()
+    samples, latents, rested = [], [], [model.device for model in frozen]
+    pipeline.to(run.accelerator.device)
+    for start in tqdm(range(0, count, config.train_batch_size), desc="edits for decoder skips", mininterval=1):
+        positions = range(start, min(start + config.train_batch_size, count))
+        batch = collate([rows[position] for position in positions])
+        if isinstance(batch, UserError):
+            raise batch
+        images = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in batch["original"]]
+        seeds = [int(stream(config.seed, "decoder_skips", position).integers(2**31)) for position in positions]
+        with run.accelerator.autocast():
+            edited = editing.edit_batch(pipeline, batch["instructions"], images, seeds, latents=True, **setting)
+        samples.append({name: batch[name] for name in ("original", "edited")})
+        latents.append((edited / run.vae.config.scaling_factor).float().cpu())
+    for model, device in zip(frozen, rested, strict=True):
+        model.to(device)
+    return {name: torch.cat([part[name] for part in samples]) for name in samples[0]}, torch.cat(latents)
