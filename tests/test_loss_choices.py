@@ -1,13 +1,16 @@
 """Losses and noise schedules to choose from: Huber, debiased estimation, zero terminal SNR."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionInstructPix2PixPipeline
 
 from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.data.triples import diffusion_draws
 from instruct_pix2pix.models.trained import load_pipeline
 from instruct_pix2pix.training.loss import (
     add_noise,
@@ -38,6 +41,27 @@ def test_a_schedule_without_signal_is_refused_with_epsilon_before_weights_load(b
     with pytest.raises(UserError, match="predicts epsilon.* with rescale_betas_zero_snr") as caught:
         small_run(pretrained_model_name_or_path=base)
     assert "\n" not in str(caught.value)
+
+
+# ---- timesteps
+
+
+@pytest.mark.parametrize(("multiplier", "portion", "share"), [(1, 0.1, 0.1), (9, 0.1, 0.5), (0.25, 0.5, 0.2)])
+def test_the_noisiest_timesteps_are_drawn_so_many_times_as_often(multiplier, portion, share):
+    args = Namespace(seed=3, timestep_bias_multiplier=multiplier, timestep_bias_portion=portion)
+    drawn = np.array([diffusion_draws(args, position, (1, 1, 1), 1000)["timestep"] for position in range(4000)])
+    assert np.mean(drawn >= 1000 * (1 - portion)) == pytest.approx(share, abs=0.03)
+    # Within either part all are alike, from end to end.
+    for part in (drawn[drawn >= 1000 * (1 - portion)], drawn[drawn < 1000 * (1 - portion)]):
+        assert np.mean(part) == pytest.approx((part.min() + part.max()) / 2, rel=0.05)
+    assert drawn.min() < 10 and drawn.max() > 990
+
+
+def test_biased_timesteps_train_another_model(small_run):
+    plain, biased = small_run(name="plain"), small_run(name="biased", timestep_bias_multiplier=9.0)
+    assert losses(plain) != losses(biased)
+    with pytest.raises(UserError, match="^--timestep_bias_portion: 1.0 is no share"):
+        small_run(name="wrong", timestep_bias_multiplier=9.0, timestep_bias_portion=1.0)
 
 
 # ---- zero terminal SNR

@@ -129,7 +129,7 @@ class CachedTriples(torch.utils.data.Dataset):
             "dataset": torch.tensor(self.triples.dataset_of(index)),
             "replay": torch.tensor(self.triples.is_replayed(index)),
             "skipped": skipped,
-            **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),
+            **diffusion_draws(args, position, self.latent_shape, self.num_timesteps),
         }
 
 

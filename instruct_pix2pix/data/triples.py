@@ -319,7 +319,7 @@ class TripleDataset(torch.utils.data.Dataset):
             "dataset": torch.tensor(triples.dataset_of(index)),
             "replay": torch.tensor(triples.is_replayed(index)),
             "skipped": skipped,
-            **diffusion_draws(args.seed, position, self.latent_shape, self.num_timesteps),
+            **diffusion_draws(args, position, self.latent_shape, self.num_timesteps),
         }
 
 
@@ -363,14 +363,23 @@ def _both(triples: Triples, index: int, read: Callable, problem: str) -> list:
     return found
 
 
-def diffusion_draws(seed: int, position: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> dict:
-    """The random numbers of a position of the stream that are not about the picture: see TripleDataset."""
-    rng = stream(seed, "diffusion", position)
+def diffusion_draws(args, position: int, latent_shape: tuple[int, int, int], num_timesteps: int) -> dict:
+    """The random numbers of a position of the stream that are not about the picture: see TripleDataset.
+
+    The noisiest --timestep_bias_portion of the timesteps are --timestep_bias_multiplier times as likely as the others.
+    """
+    rng = stream(args.seed, "diffusion", position)
+    timestep = None
+    if args.timestep_bias_multiplier != 1:
+        biased = args.timestep_bias_portion * args.timestep_bias_multiplier
+        share = biased / (biased + 1 - args.timestep_bias_portion)
+        late = max(1, num_timesteps - round(args.timestep_bias_portion * num_timesteps))
+        timestep = int(rng.integers(late, num_timesteps) if rng.random() < share else rng.integers(late))
     return {
-        "timestep": int(rng.integers(num_timesteps)),
+        "timestep": int(rng.integers(num_timesteps)) if timestep is None else timestep,
         "noise": torch.from_numpy(rng.standard_normal(latent_shape, dtype=np.float32)),
         "posterior_noise": torch.from_numpy(rng.standard_normal(latent_shape, dtype=np.float32)),
-        "dropout": float(stream(seed, "dropout", position).random()),
+        "dropout": float(stream(args.seed, "dropout", position).random()),
     }
 
 

@@ -196,6 +196,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = loss.add_argument
     add("--loss_type", choices=("mse", "huber"), default="mse", help="Squared error, or Huber's function of the error.")
     add("--huber_delta", type=above_zero, default=0.1, help="Error from which on Huber's function grows linearly.")
+    add(
+        "--timestep_bias_multiplier",
+        type=above_zero,
+        default=1.0,
+        metavar="M",
+        help="Draw the noisiest timesteps M times as often as the others: for editing in few steps, which suits tasks"
+        " with one right answer (docs/restoration.md).",
+    )
+    add("--timestep_bias_portion", type=float, default=0.1, metavar="P", help="Which: the noisiest P of all.")
     weighting = loss.add_mutually_exclusive_group().add_argument
     weighting("--snr_gamma", type=above_zero, help="Weight the loss by min-SNR with this gamma (5.0 in the paper).")
     weighting("--debiased_estimation_loss", action="store_true", help="Weight the loss of the noise by 1 / sqrt(SNR).")
@@ -350,6 +359,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--max_micro_batch_size: {args.max_micro_batch_size} is too small; give 1 or more, or auto")
     if not args.adam_weight_decay >= 0:
         raise UserError(f"--adam_weight_decay: {args.adam_weight_decay} is negative; give 0 or more")
+    if not 0 < args.timestep_bias_portion < 1:
+        raise UserError(f"--timestep_bias_portion: {args.timestep_bias_portion} is no share; give one between 0 and 1")
     for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         value = getattr(args, name)
         if not 0 <= value < 1:

@@ -79,7 +79,7 @@ class Plan:
         positions = range(start, start + self.images_per_update)
         rows = [int(triples.indices[first_usable(triples, order, p, triples.known_reason)[1]]) for p in positions]
         steps = DDPMScheduler.from_config(self.configs["scheduler"]).config.num_train_timesteps
-        times = [diffusion_draws(config.seed, position, (1, 1, 1), steps)["timestep"] for position in positions]
+        times = [diffusion_draws(config, position, (1, 1, 1), steps)["timestep"] for position in positions]
         return f"rows {_list(rows)}, timesteps {_list(times)}"
 
 

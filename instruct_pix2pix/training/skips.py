@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 MOST_PAIRS = 2048  # that are edited: as many images of 256 pixels take 800 MB of the host's memory
 HELD_BACK = 8  # every eighth is not learned from: do the skips help?
-STEPS = 8  # of sampling: as good as 20 (docs/sweep.md)
+STEPS = 8  # of sampling: as good as 20 (docs/sweep.md); 1 where training was for few
 LEARNING_RATE = 2e-3
 
 
@@ -73,10 +73,11 @@ def edit_rows(run, unet) -> tuple[dict, torch.Tensor]:
     """The first training samples as `collate` gives them, no more than training has seen, and what the UNet makes of
     them with the guidance of the flags: latents (N, C, h, w) that the decoder takes, on the CPU."""
     config, frozen = run.config, (run.text_encoder, run.vae)
-    rows = TripleDataset(run.triples, config, (1, 1, 1), num_timesteps=1)
+    rows = TripleDataset(run.triples, config, (1, 1, 1), len(run.make_inputs.alphas_cumprod))
     count = min(MOST_PAIRS, run.samples_seen(config.max_train_steps))
     pipeline = sd.build_pipeline(run.configs, run.tokenizer, run.text_encoder, run.vae, unet)
-    setting = editing.usual_setting(config)._replace(steps=STEPS)._asdict()
+    steps = STEPS if config.timestep_bias_multiplier <= 1 else 1
+    setting = editing.usual_setting(config)._replace(steps=steps)._asdict()
     samples, latents, rested = [], [], [model.device for model in frozen]
     pipeline.to(run.accelerator.device)
     for start in tqdm(range(0, count, config.train_batch_size), desc="edits for decoder skips", mininterval=1):
