@@ -40,7 +40,7 @@ quickstart-control: $(VENV)/.installed
 # The table of what quickstart-low-level trained, its rows and protocol.
 evaluate-low-level: outputs/quickstart-low-level/pipeline/model_index.json $(VENV)/.installed
 	$(BIN)/python evaluation/evaluate.py --model outputs/quickstart-low-level/pipeline \
-		--dataset outputs/quickstart-low-level/dataset --batch_size 12 --guidance_scale 1 --image_guidance_scale 1 \
+		--dataset outputs/quickstart-low-level/dataset --batch_size 12 --recommended_settings \
 		--output_dir outputs/quickstart-low-level/evaluation
 
 outputs/quickstart-low-level/pipeline/model_index.json:

@@ -255,7 +255,7 @@ def load_pipeline(
             pipeline = trained.load_pipeline(folder, precision)
         else:
             pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=precision, **options)
-            if all([_beside(model_id, file) for file in decoder_skips.FILES]):
+            if all(_beside(model_id, file) for file in decoder_skips.FILES):
                 pipeline.decoder_skips = decoder_skips.load(model_id, precision, place)
         pipeline.to(place)
     except UserError:

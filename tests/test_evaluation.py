@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from instruct_pix2pix.data.geometry import align_original, crop_pair, whitebox_s
 from instruct_pix2pix.data.sources import Source, source_of
 from instruct_pix2pix.data.triples import TripleDataset, load_triples
 from instruct_pix2pix.evaluation import edits, metrics, protocols, summary
+from instruct_pix2pix.evaluation.settings import read_settings
 from tests.conftest import ROOT, copy_tree
 from tests.soak import differing_bytes
 
@@ -430,19 +432,7 @@ def test_rows_that_cannot_be_used_are_one_line(dataset):
 def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path):
     """The README's claim at a quarter of its updates: better than copying, guidance and all, on photographs
     and instructions never trained on. It was 0.76 dB when this was written."""
-    import os
-
-    environment = {
-        **os.environ,
-        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
-        "OUTPUT_DIR": str(tmp_path / "quickstart"),
-        "MAX_TRAIN_STEPS": "250",
-    }
-    done = subprocess.run(
-        ["bash", ROOT / "recipes/quickstart.sh"], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "quickstart" / "evaluation" / "metrics.json").read_text())
+    found = run_quickstart(tmp_path, "250")
     psnr, ssim = (
         {label: of["all"][name]["mean"] for label, of in found["models"].items()} for name in ("psnr", "ssim")
     )
@@ -455,3 +445,29 @@ def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path
     assert Image.open(tmp_path / "quickstart" / "evaluation" / "comparison.png").width > 1000
     assert (tmp_path / "quickstart" / "evaluation" / "report.html").is_file()
     assert (tmp_path / "quickstart" / "pipeline" / "model_index.json").exists()
+
+
+@pytest.mark.long
+def test_the_low_level_quickstart_restores_in_the_steps_that_suit_each_task(tmp_path):
+    """At a fifth of its updates, decoder skips at a thirtieth."""
+    found = run_quickstart(tmp_path, "200", "--train_decoder_skips=60", TASK="low_level")
+    settings = read_settings(tmp_path / "quickstart/pipeline/recommended_settings.json")
+    assert settings["tasks"].keys() == {"deblur", "denoise", "derain", "enhance"}
+    assert all(task["steps"] in (1, 2, 4) for task in settings["tasks"].values())
+    gains = found["models"]["pipeline"]["minus"]["identity"]
+    assert gains["all"]["psnr"]["low"] > 0 and gains["enhance"]["psnr"]["mean"] > 4
+    assert (tmp_path / "quickstart/pipeline/decoder_skips/config.json").is_file()
+
+
+def run_quickstart(tmp_path: Path, updates: str, *flags: str, **variables: str) -> dict:
+    """The recipe as it is, for so many updates -> what its evaluation found."""
+    environment = {
+        **os.environ,
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+        "OUTPUT_DIR": str(tmp_path / "quickstart"),
+        "MAX_TRAIN_STEPS": updates,
+    }
+    recipe = ["bash", ROOT / "recipes/quickstart.sh", *flags]
+    done = subprocess.run(recipe, env=environment | variables, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "quickstart" / "evaluation" / "metrics.json").read_text())
