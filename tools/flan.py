@@ -33,6 +33,7 @@ from instruct_pix2pix.building.generic_edits import cut_tile
 from instruct_pix2pix.building.photos import decode_image, find_photos
 from instruct_pix2pix.building.tasks import CLUSTERS, COMPOUNDS, TASKS, Task
 from instruct_pix2pix.cli import Parser, UserError, above_zero, run, whole_number
+from instruct_pix2pix.evidence import code_commit
 from instruct_pix2pix.files import check_folder, read_json_lines, unit_hash, write_json_lines, write_text, written_whole
 
 RUN = "seed", "held_out", "num_tasks", "wordings"  # what tells one run of a folder from another
@@ -124,6 +125,7 @@ def make_run(seed: int, held_out: str, num_tasks: int, wordings: int, photos: li
     if not args.keep:
         shutil.rmtree(folder)
     about = {"tasks": [task.name for task in tasks], "seconds": round(time.perf_counter() - started, 1)}
+    about["commit"] = code_commit()
     return about | {"measured": measured}
 
 
