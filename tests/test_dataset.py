@@ -18,6 +18,7 @@ from instruct_pix2pix.data.triples import TripleDataset, Triples, collate, load_
 def options(**changes) -> SimpleNamespace:
     values = {
         "dataset_name": None,
+        "timestep_bias_multiplier": 1.0,
         "dataset_config_name": None,
         "train_data_dir": None,
         "original_dir": None,
