@@ -26,7 +26,8 @@ FLAGS = """
     guidance_scale image_guidance_scale max_image_pixels original_dir edited_dir instruction split validation_split
     on_bad_row check_rows validation_dataset max_validation_samples keep_best tracker_project_name run_name
     wandb_entity tags hub_strategy lora_rank lora_alpha use_dora loss_type huber_delta debiased_estimation_loss
-    zero_terminal_snr streaming stream_cache_gb dataset_mixture
+    zero_terminal_snr streaming stream_cache_gb dataset_mixture timestep_bias_multiplier
+    timestep_bias_portion train_decoder_skips
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {
