@@ -133,7 +133,7 @@ def test_fewer_tasks_are_the_first_of_more_and_none_is_of_the_cluster_left_out()
         assert flan.training_tasks(cluster, 4, seed=1) == every[:4] != flan.training_tasks(cluster, 4, seed=2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_runs_end_to_end_and_the_second_call_goes_on(tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     for split in ("train", "test"):
