@@ -1,6 +1,6 @@
 """Build a dataset of any tasks of instruct_pix2pix/building/tasks.py, by their names or by clusters.
 
-    python data_preparation/build_tasks.py --tasks tint restoration vivid --photos DIR --output_dir DATASET
+    python data_preparation/build_tasks.py --tasks tint restoration gray --photos DIR --output_dir DATASET
 
 Columns: original_image, edit_prompt, edited_image, task: the tasks come in turn, a row each. A build that was stopped
 goes on when the same command is run again; the result is the same to the byte, and the same on Ray (`--ray`).
