@@ -206,6 +206,9 @@ def export_transplant(models: dict[str, str], output_dir: Path) -> None:
         raise UserError(f"OURS: {models['OURS']} edits no images, its UNet has no 8 input channels; give a trained one")
     if sd.prediction_type(configs["OURS"]) != (kind := sd.prediction_type(configs["THEIRS"])):
         raise UserError(f"THEIRS: its prediction_type is {kind}, another than OURS; give models of one family")
+    ours, theirs = (bool(configs[name]["scheduler"].get("rescale_betas_zero_snr")) for name in ("OURS", "THEIRS"))
+    if ours != theirs:
+        raise UserError(f"THEIRS: its rescale_betas_zero_snr is {theirs}, another than OURS; give models of one family")
     check_folder("OUT", output_dir, 4 * sum(sd.count_parameters(configs["OURS"]).values()), "the pipeline")
     unet = adapters.transplant(*files)
     check_finite(unet)

@@ -8,11 +8,9 @@ folders in diffusers' format, with weights in safetensors. OUT is a pipeline fol
 the UNet; with BASE for THEIRS its UNet is that of OURS, bit for bit.
 """
 
-import contextlib
-import json
 from pathlib import Path
 
-from instruct_pix2pix.cli import Parser, UserError, run
+from instruct_pix2pix.cli import Parser, run
 from instruct_pix2pix.files import check_new_folder
 
 
@@ -24,21 +22,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("OUT", type=Path, help="the folder to make")
     args = parser.parse_args(argv)
     check_new_folder("OUT", args.OUT)
-    if _ends_without_signal(args.OURS) != (theirs := _ends_without_signal(args.THEIRS)):
-        raise UserError(f"THEIRS: its rescale_betas_zero_snr is {theirs}, another than OURS; give models of one family")
     from instruct_pix2pix import publishing
 
     models = {name: getattr(args, name) for name in ("OURS", "BASE", "THEIRS")}
     publishing.export_transplant(models, args.OUT.absolute())
     print(f"{args.OUT}: {args.THEIRS} with what {args.OURS} learned")
-
-
-def _ends_without_signal(model: str) -> bool:
-    """Whether a pipeline's noise schedule is rescaled to zero SNR. What cannot be read, the export says."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        scheduler = json.loads((Path(model) / "scheduler/scheduler_config.json").read_text(encoding="utf-8"))
-        return bool(scheduler.get("rescale_betas_zero_snr"))
-    return False
 
 
 if __name__ == "__main__":
