@@ -51,7 +51,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python inference/app.py $(or $(DEMO),--model_id assets/tiny-instruct-pix2pix --resolution 128 \
 		--guidance_scale 1 --image_guidance_scale 1 --examples "make it sepia" "make it black and white" "light up the dark photo")
 
-# Trains models like those in assets/, into outputs/tiny_models: some two hours on one CPU core.
+# Trains models like those in assets/, into outputs/tiny_models: an hour on one CPU core.
 tiny-base: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/tiny_base.sh
 

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Makes two models like those kept in assets/ from assets/photos: the autoencoder and the text-to-image UNet by a script
-# of their own, the InstructPix2Pix by the training script, on a dataset of generic edits. Some two hours on one CPU core,
-# by the times of its parts. The InstructPix2Pix in assets/ took 4500 updates of Muon, which learns about as much from 500
-# as the training script's AdamW from 2000: hence more of them here.
+# of their own, the InstructPix2Pix by the training script, on a dataset of generic edits. An hour on one CPU core, by the
+# times of its parts. Words have the vectors of assets/tiny-stable-diffusion (tools/make_tiny_words.py).
 #
 #     bash recipes/tiny_base.sh                            # into outputs/tiny_models
 #     OUTPUT_DIR=/tmp/try bash recipes/tiny_base.sh --seed=1   # further flags go to the last training
@@ -15,7 +14,7 @@ WORK_DIR=${WORK_DIR:-outputs/tiny_base}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/tiny_models}
 STEPS=${STEPS:-5000 1000} # updates of the stages vae and base
 TILES=${TILES:-12000}
-MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-12000}
+MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-4500}
 EDITS_MEASURED=${EDITS_MEASURED:-200}
 export OMP_NUM_THREADS=${THREADS:-1} OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
@@ -39,7 +38,8 @@ accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=n
   --dataset_name="$WORK_DIR/edits" \
   --resolution=64 --image_geometry=crop --center_crop --cache_latents \
   --train_batch_size=16 --max_train_steps="$MAX_TRAIN_STEPS" \
-  --learning_rate=2e-3 --lr_scheduler=cosine --lr_warmup_steps=200 --adam_beta2=0.99 --adam_weight_decay=1e-4 \
+  --optimizer=muon --learning_rate=3e-3 --lr_scheduler=cosine --lr_warmup_steps=200 \
+  --adam_beta2=0.99 --adam_weight_decay=1e-4 \
   --use_ema --ema_decay=0.995 \
   --checkpointing_steps=500 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
   --guidance_scale=1 --image_guidance_scale=1 \

@@ -32,7 +32,7 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.building.generic_edits import cut_tile
 from instruct_pix2pix.building.photos import decode_image, find_photos
 from instruct_pix2pix.building.tasks import CLUSTERS, COMPOUNDS, TASKS, Task
-from instruct_pix2pix.cli import Parser, UserError, above_zero, run, whole_number
+from instruct_pix2pix.cli import Parser, UserError, run, whole_number
 from instruct_pix2pix.evidence import code_commit
 from instruct_pix2pix.files import check_folder, read_json_lines, unit_hash, write_json_lines, write_text, written_whole
 
@@ -53,27 +53,13 @@ def training_tasks(held_out: str, count: int, seed: int) -> list[Task]:
     return [TASKS[name] for name in names if TASKS[name].cluster != held_out][: count or None]
 
 
-def prepare_base(args) -> None:
-    """Write OUTPUT_DIR/base, --base with the embeddings of its words multiplied."""
-    import torch
-    from diffusers import StableDiffusionPipeline
-
-    from instruct_pix2pix.models.tiny import save_pipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(args.base, safety_checker=None)
-    with torch.no_grad():
-        pipeline.text_encoder.get_input_embeddings().weight.mul_(args.word_scale)
-    shutil.rmtree(args.output_dir / "base", ignore_errors=True)
-    save_pipeline(pipeline, args.output_dir / "base")
-
-
 def train(tasks: list[Task], wordings: int, seed: int, folder: Path, args) -> None:
     """Build folder/dataset and train folder/model on it, or go on with that."""
     # fmt: off
     build = ["data_preparation/build_tasks.py", "--tasks", *(task.name for task in tasks), "--wordings", wordings,
              "--photos", args.photos / "train", "--rows", args.rows, "--tile", args.resolution, "--seed", seed,
              "--all_instructions", "--validation_fraction=0", "--test_fraction=0", "--output_dir", folder / "dataset"]
-    train = ["train_instruct_pix2pix.py", f"--pretrained_model_name_or_path={args.output_dir / 'base'}",
+    train = ["train_instruct_pix2pix.py", f"--pretrained_model_name_or_path={args.base}",
              f"--dataset_name={folder / 'dataset'}", f"--resolution={args.resolution}", f"--seed={seed}",
              f"--max_train_steps={args.updates}", f"--output_dir={folder / 'model'}", *shlex.split(FIXED),
              *shlex.split(args.training)]
@@ -110,7 +96,8 @@ def measure(pipeline, kind: str, tasks: list[Task], photos: list[np.ndarray], ar
         pairs.append(pair)
         texts.append((say(task), say(others[rng.integers(len(others))])))
     own, others = map(scores, zip(*texts, strict=True))
-    return {"gain": (own - [psnr(*pair) for pair in pairs]).tolist(), "cost": (own - others).tolist()}
+    gain = own - [psnr(*pair) for pair in pairs]
+    return {"gain": gain.round(3).tolist(), "cost": (own - others).round(3).tolist()}
 
 
 def make_run(seed: int, held_out: str, num_tasks: int, wordings: int, photos: list[np.ndarray], args) -> dict:
@@ -177,8 +164,6 @@ def main(argv: list[str] | None = None) -> None:
     add("--images", type=whole_number(2), default=96, help="edits of each kind to measure")
     add("--training", default=TRAINING, metavar="FLAGS", help="further flags of train_instruct_pix2pix.py, in one word")
     add("--base", default="assets/tiny-stable-diffusion", metavar="FOLDER_OR_ID", help="the model to train")
-    add("--word_scale", type=above_zero, default=10, metavar="F",
-        help="multiplies the base's embeddings of words, which its text encoder hardly tells apart; 1: as they are")
     add("--photos", type=Path, default=Path("assets/photos"), metavar="DIR",
         help="its child train is trained on, its child test edited")
     add("--output_dir", type=Path, default=Path("outputs/flan"), help="where results go")
@@ -195,7 +180,6 @@ def main(argv: list[str] | None = None) -> None:
     lines = read_json_lines(path)
     if any(line["settings"] != settings for line in lines):
         raise UserError(f"--output_dir: {path} is of other settings; name another folder")
-    prepare_base(args)
     wanted = list(itertools.product(args.seeds, args.held_out, args.num_tasks, args.wordings))
     for number, values in enumerate(wanted, 1):
         key = dict(zip(RUN, values, strict=True))

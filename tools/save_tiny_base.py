@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         pipeline.vae.half(), pipeline.unet.half()
         card = (args.work_dir / name / "README.md").read_text(encoding="utf-8") + figures[name]
         save_pipeline(pipeline, args.output_dir / name, card)
+        (args.output_dir / name / "tokenizer/tokenizer.json").unlink()  # vocab.json and merges.txt say the same
         print(f"Saved {args.output_dir / name}")
 
 

@@ -1,8 +1,9 @@
 """Complete, tiny Stable Diffusion pipelines with random weights: text to image, or InstructPix2Pix.
 
 Their configurations and their tokenizer are those of assets/tiny-stable-diffusion. The classes are Stable Diffusion
-v1.5's and so are their connections; only the widths are small: 3.6 million parameters instead of a billion. Whatever
-loads or trains the real checkpoint therefore loads or trains this one, on a CPU, without a download. What differs:
+v1.5's and so are their connections; only the widths are small: 3.6 million parameters, and the vectors of words,
+instead of a billion. Whatever loads or trains the real checkpoint therefore loads or trains this one, on a CPU, without
+a download. What differs:
 
 VAE             Groups of 4 channels: a group of few normalises away an image's mean colour, and its contrast with it.
                 The scaling factor is 1: training brings the latents to unit variance inside the model.
@@ -10,8 +11,9 @@ UNet            Velocity mixes the noisy and the source latents in proportions t
                 resnet_time_scale_shift "scale_shift". The pooled text joins the time step in every residual block
                 (addition_embed_type): cross-attention alone, on the lower two of three levels, takes far longer to
                 learn an edit of the colours. attention_head_dim is the number of heads, as in the real configuration.
-tokenizer       Lower-cased and byte-level; usual words of instructions and captions are one token each, other text is
-                spelled out. Ids as in CLIP's: bytes, bytes that end a word, merges, start of text, end of text.
+tokenizer       Lower-cased and byte-level; 5,600 words are one token each, other text is spelled out. Ids as in CLIP's:
+                bytes, bytes that end a word, merges, start of text, end of text. tools/make_tiny_words.py made it, and
+                the vectors of the words that the trained models have.
 """
 
 import json

@@ -3,7 +3,7 @@
 vae     The autoencoder, on 64-pixel tiles of photos, cartoons and other edited photos. The squared error alone, no
         perceptual or adversarial loss: what counts is the ceiling, in dB, that it sets (evaluate.py's vae_ceiling).
 base    The 4-channel text-to-image UNet and its text encoder, on latents of photos captioned by their file names, half
-        of them edited: "a photo of a windmill", "a photo of a windmill, make it gray".
+        of them edited: "a photo of a windmill", "a photo of a windmill, make it gray". The words' vectors are known.
 """
 
 import math
@@ -21,6 +21,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import nn
 from tqdm import tqdm
+from transformers import CLIPTextModel
+from transformers.models.clip.modeling_clip import CLIPMLP, CLIPAttention
 
 from instruct_pix2pix.building.cartoonizer import opencv_cartoonize
 from instruct_pix2pix.building.generic_edits import FUNCTIONS, WORDINGS, cut_tile, make_pair
@@ -28,7 +30,7 @@ from instruct_pix2pix.building.photos import decode_image
 from instruct_pix2pix.data.triples import to_unit_range
 from instruct_pix2pix.files import write_json
 from instruct_pix2pix.models.sd import tokenize
-from instruct_pix2pix.models.tiny import build_tiny_pipeline, build_tokenizer, build_vae, save_pipeline
+from instruct_pix2pix.models.tiny import CONFIGURATION, build_tiny_pipeline, build_tokenizer, build_vae, save_pipeline
 from instruct_pix2pix.training.ema import EMA
 from instruct_pix2pix.training.loss import add_noise, prediction_target, sample_losses
 
@@ -42,9 +44,9 @@ tags: [stable-diffusion, tiny]
 ---
 # Tiny Stable Diffusion
 
-A complete `StableDiffusionPipeline` of 3.6 million parameters that stands in for Stable Diffusion v1.5 where no
-checkpoint can be fetched: in tests and examples. Trained for minutes on 64-pixel tiles of photos, it has learned their
-colours and soft shapes, not objects. Image sides must be multiples of 16.
+A complete `StableDiffusionPipeline` of 3.6 million parameters, and vectors of 5,600 words, that stands in for Stable
+Diffusion v1.5 where no checkpoint can be fetched: in tests and examples. Trained for minutes on 64-pixel tiles of
+photos, it has learned their colours and soft shapes, not objects. Image sides must be multiples of 16.
 """
 
 
@@ -77,7 +79,7 @@ def optimise(name: str, modules: list[nn.Module], steps: int, loss_at, seed: int
     The weights of convolutions and linear layers, as matrices with a row for each output channel, are updated by Muon
     (Jordan et al. 2024), all else by AdamW. Returns the number of updates, the seconds, the last hundred's mean loss.
     """
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters = [each for module in modules for each in module.parameters() if each.requires_grad]
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     # Those with too few channels to speak of a matrix are AdamW's.
     weights = [w for w in (layer.weight for layer in layers) if len(w) >= 8 and w[0].numel() >= 16]
@@ -111,11 +113,12 @@ def optimise(name: str, modules: list[nn.Module], steps: int, loss_at, seed: int
 
 
 def zero_residual_branches(model: nn.Module) -> None:
-    """Make every residual block and attention the identity (or its shortcut) to start with."""
+    """Make every residual block, attention and MLP the identity (or its shortcut) to start with."""
+    last = {ResnetBlock2D: "conv2", Attention: "to_out.0", CLIPAttention: "out_proj", CLIPMLP: "fc2"}
     for module in model.modules():
-        if isinstance(module, ResnetBlock2D | Attention):
-            last = module.conv2 if isinstance(module, ResnetBlock2D) else module.to_out[0]
-            nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
+        if type(module) in last:
+            for parameter in module.get_submodule(last[type(module)]).parameters():
+                nn.init.zeros_(parameter)
 
 
 @torch.no_grad()
@@ -179,6 +182,13 @@ def caption(stem: str) -> str:
     return f"a photo of a {re.sub(r'[0-9]+', '', stem.replace('_', ' ')).strip()}"
 
 
+def prepare_text_encoder(text_encoder: CLIPTextModel) -> None:
+    """Start as the vectors of the words in assets/ (tools/make_tiny_words.py), which stay as they are."""
+    known = CLIPTextModel.from_pretrained(CONFIGURATION, subfolder="text_encoder")
+    text_encoder.get_input_embeddings().weight = known.get_input_embeddings().weight.requires_grad_(False)
+    zero_residual_branches(text_encoder)
+
+
 @torch.no_grad()
 def prepare_unet(unet: nn.Module) -> None:
     """Start from zero residual branches and a zero output, as Dhariwal and Nichol (2021) do.
@@ -200,6 +210,7 @@ def train_base(photos: dict, steps: int, args, folder: Path) -> dict:
     pipeline, tokenizer = build_tiny_pipeline(4, args.seed), build_tokenizer()  # a used one saves its last padding
     pipeline.register_modules(vae=AutoencoderKL.from_pretrained(args.work_dir / "vae"))
     prepare_unet(pipeline.unet)
+    prepare_text_encoder(pipeline.text_encoder)
     rng = np.random.default_rng(args.seed)
     tiles = cut_tiles(photos, args.tiles, rng)
     captions = [caption(stem) for stem in islice(cycle(photos), args.tiles)]
