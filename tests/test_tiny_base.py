@@ -25,7 +25,7 @@ from instruct_pix2pix.models.sd import widen_conv_in
 from instruct_pix2pix.models.tiny import build_tiny_pipeline, build_tokenizer, save_pipeline
 from instruct_pix2pix.training.tiny_base import optimise, standardise_latents, to_model
 from tests.data_scripts import checksums, make_photos, pixels, plan_of, read_rows
-from tools import save_tiny_base, train_tiny_base
+from tools import make_tiny_words, save_tiny_base, train_tiny_base
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "assets"
@@ -54,6 +54,36 @@ def test_usual_words_are_one_token_each_and_other_text_survives():
     padded = tokenizer("keep it", padding="max_length", truncation=True).input_ids
     assert len(padded) == 77 and padded[-1] == tokenizer.pad_token_id
     assert max(tokenizer.get_vocab().values()) + 1 == len(tokenizer)
+
+
+def test_known_words_become_tokens_with_their_vectors(tmp_path):
+    """Vectors of 80 numbers for a hundred words, the later the rarer: frequent ones are chosen, and those that are near
+    a word of the instructions; the new text encoder has their principal components."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    rng = np.random.default_rng(0)
+    others = ["".join(rng.choice(list("abcdefgh"), 6)) for _ in range(90)]
+    words = [*dict.fromkeys(make_tiny_words.STANDS_FOR.values()), *others, "pour", "bath"]
+    vectors = rng.standard_normal((len(words), 80))
+    assert words[0] == "rain"
+    vectors[-2] = vectors[0] + 0.1 * vectors[-2]  # as near to rain as can be
+    content = {"words": words, "dimensions": 80, "vectors": dict(zip(words, vectors.tolist(), strict=True))}
+    (tmp_path / "vectors.json").write_text(json.dumps(content))
+    flags = ["--vectors", str(tmp_path / "vectors.json"), "--frequent", "90", "--near", "1"]
+    make_tiny_words.main([*flags, "--output_dir", str(tmp_path / "words")])
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "words/tokenizer")
+    found = {word: tokenizer(word).input_ids[1:-1] for word in [*words, "derain"]}
+    assert all(len(found[word]) == 1 for word in [*words[:90], "pour", "derain"])
+    assert len(found["bath"]) > 1
+    weights = CLIPTextModel.from_pretrained(tmp_path / "words/text_encoder").get_input_embeddings().weight.detach()
+    assert len(weights) == len(tokenizer)
+    like = torch.cosine_similarity(
+        weights[found["rain"][0]], weights[[found[word][0] for word in (*words[:90], "pour")]]
+    )
+    assert torch.equal(weights[found["derain"][0]], weights[found["rain"][0]])
+    assert like.argsort(descending=True)[:2].tolist() == [0, 90]
+    with pytest.raises(UserError, match="--output_dir: .* exists"):
+        make_tiny_words.main([*flags, "--output_dir", str(tmp_path / "words")])
 
 
 def test_the_seed_decides_the_weights_and_the_callers_random_state_is_kept():
@@ -211,6 +241,8 @@ def test_scripts_say_in_one_line_what_is_missing(tmp_path):
         train_tiny_base.main(["--photos", str(PHOTOS / "train"), "--work_dir", str(tmp_path / "work")])
     with pytest.raises(UserError, match="--work_dir: .* has no vae.json"):
         save_tiny_base.main(["--work_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="--vectors: .* cannot be read"):
+        make_tiny_words.main(["--vectors", str(tmp_path / "none.json"), "--output_dir", str(tmp_path / "words")])
     with pytest.raises(UserError, match="--photos: missing"):
         build_generic_edits.main(["--output_dir", str(tmp_path / "edits")])
     with pytest.raises(UserError, match="--keep_share: 2.0 is not a share"):
@@ -335,6 +367,18 @@ def test_kept_models_are_small_whole_and_described():
         pipeline = DiffusionPipeline.from_pretrained(ASSETS / name, local_files_only=True)
         assert {getattr(pipeline, component).dtype for component in COMPONENTS} == {torch.float32}
     assert total < 24e6
+
+
+def test_kept_models_know_words_that_no_instruction_here_has():
+    from transformers import CLIPTextModel
+
+    tokenizer = build_tokenizer()
+    pairs = "downpour rain", "crimson red", "downpour blur", "crimson noise"
+    first, second = np.array([tokenizer(words).input_ids[1:3] for words in pairs]).T
+    for name in ("tiny-stable-diffusion", "tiny-instruct-pix2pix"):
+        vectors = CLIPTextModel.from_pretrained(ASSETS / name / "text_encoder").get_input_embeddings().weight.detach()
+        like = torch.cosine_similarity(vectors[first], vectors[second])
+        assert like[:2].min() > 0.5 and like[2:].max() < 0.3, name
 
 
 def test_kept_autoencoder_holds_held_out_photos_and_cartoons(kept):

@@ -72,12 +72,12 @@ def merges_for(words: list[str]) -> list[tuple[str, str]]:
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
         pieces = [*word[:-1], f"{word[-1]}</w>"]
-        while known := [(ranks[pair], place) for place, pair in enumerate(pairwise(pieces)) if pair in ranks]:
-            place = min(known)[1]
-            pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
         while len(pieces) > 1:
-            ranks[pieces[0], pieces[1]] = len(ranks)
-            pieces[:2] = [pieces[0] + pieces[1]]
+            known = [(ranks[pair], place) for place, pair in enumerate(pairwise(pieces)) if pair in ranks]
+            if not known:
+                ranks[pieces[0], pieces[1]] = len(ranks)
+            place = min(known)[1] if known else 0
+            pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
     return list(ranks)
 
 
@@ -128,9 +128,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.output_dir.exists():
         raise UserError(f"--output_dir: {args.output_dir} exists; move it away first")
-    content = json.loads(args.vectors.read_text(encoding="utf-8"))
-    names, size = content["words"], content["dimensions"]
-    vectors = np.array([content["vectors"][name][:size] for name in names], np.float32)
+    try:
+        content = json.loads(args.vectors.read_text(encoding="utf-8"))
+        names, size = content["words"], content["dimensions"]
+        vectors = np.array([content["vectors"][name][:size] for name in names], np.float32)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--vectors: {args.vectors} cannot be read ({error}); name the package's JSON file") from None
     words = choose_words(names, vectors, known_words(args.photos), args.frequent, args.near)
     places = {name: place for place, name in enumerate(names)}
     embeddings = components(vectors[[places[STANDS_FOR.get(word, word)] for word in words]], 64)
