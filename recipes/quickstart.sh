@@ -16,19 +16,14 @@ MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-900}
 case $TASK in
   cartoonization)
     OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart}
+    DECODER_SKIPS=${DECODER_SKIPS:-300}
     BUILD="data_preparation/build_cartoonization.py --cartoonizer opencv"
-    TRAINING="--guidance_scale 7 --image_guidance_scale 1.5"
-    EDITING=$TRAINING
     ;;
   low_level)
     OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart-low-level}
+    DECODER_SKIPS=${DECODER_SKIPS:-1500}
     # The strong end of the range: at 128 pixels the mild end leaves photos less damaged than the autoencoder does.
     BUILD="data_preparation/build_low_level.py --synthesize 1600 --tasks deblur derain denoise enhance --severity 0.8 1"
-    # A restoration has one right answer. So no guidance, which overshoots, nor the dropout that it needs; few steps, and
-    # training that suits them; then detail of the input into the decoder. A sweep asks how many steps suit each task.
-    TRAINING="--guidance_scale 1 --image_guidance_scale 1 --conditioning_dropout_prob 0 --timestep_bias_multiplier 99"
-    TRAINING+=" --train_decoder_skips 1500" # docs/restoration.md says what each is worth
-    EDITING="--recommended_settings"
     ;;
   *)
     echo "quickstart.sh: error: TASK: $TASK is unknown; use cartoonization or low_level" >&2
@@ -47,8 +42,9 @@ python $BUILD --all_instructions \
   --max_short_side 128 --output_dir "$OUTPUT_DIR/dataset"
 
 echo "2/3  Fine-tuning ($MAX_TRAIN_STEPS updates)"
-# 64-pixel crops train well and fast; the edits that follow are of whole 128-pixel pictures.
-# shellcheck disable=SC2086
+# 64-pixel crops train well and fast; the edits that follow are of whole 128-pixel pictures. All these edits have one
+# right answer. So no guidance, which overshoots, nor the dropout that it needs; few steps, and training that suits them;
+# then detail of the input into the decoder: docs/restoration.md says what each is worth.
 accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
   --num_cpu_threads_per_process="$THREADS" \
   finetune_instruct_pix2pix.py \
@@ -58,17 +54,17 @@ accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=n
   --cached_crops=4 --train_batch_size=16 --max_train_steps="$MAX_TRAIN_STEPS" \
   --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=20 \
   --use_ema --ema_decay=0.99 \
+  --guidance_scale=1 --image_guidance_scale=1 --conditioning_dropout_prob=0 --timestep_bias_multiplier=99 \
+  --train_decoder_skips="$DECODER_SKIPS" \
   --checkpointing_steps=300 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
-  --seed=42 --report_to=none $TRAINING \
+  --seed=42 --report_to=none \
   --output_dir="$OUTPUT_DIR/pipeline" \
   "$@"
 
 echo "3/3  Editing held-out photographs"
-if [ "$EDITING" = "--recommended_settings" ]; then
-  python evaluation/sweep.py --model "$OUTPUT_DIR/pipeline" --dataset "$OUTPUT_DIR/dataset" --split train \
-    --images_per_task 8 --guidance_scales 1 --image_guidance_scales 1 --steps 1 2 4 --schedulers own \
-    --output_dir "$OUTPUT_DIR/sweep"
-fi
-# shellcheck disable=SC2086
+# How many steps suit each task?
+python evaluation/sweep.py --model "$OUTPUT_DIR/pipeline" --dataset "$OUTPUT_DIR/dataset" --split train \
+  --images_per_task 8 --guidance_scales 1 --image_guidance_scales 1 --steps 1 2 4 --schedulers own \
+  --output_dir "$OUTPUT_DIR/sweep"
 python evaluation/evaluate.py --model "$OUTPUT_DIR/pipeline" --dataset "$OUTPUT_DIR/dataset" \
-  --split test --batch_size 12 $EDITING --output_dir "$OUTPUT_DIR/evaluation"
+  --split test --batch_size 12 --recommended_settings --output_dir "$OUTPUT_DIR/evaluation"

@@ -431,13 +431,13 @@ def test_rows_that_cannot_be_used_are_one_line(dataset):
 
 @pytest.mark.long
 def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path):
-    """The README's claim at a quarter of its updates: better than copying, guidance and all, on photographs
-    and instructions never trained on. It was 0.76 dB when this was written."""
-    found = run_quickstart(tmp_path, "250")
+    """The README's claim at a quarter of its updates: better than copying, on photographs and instructions never
+    trained on."""
+    found = run_quickstart(tmp_path, "250", "--train_decoder_skips=60")
     psnr, ssim = (
         {label: of["all"][name]["mean"] for label, of in found["models"].items()} for name in ("psnr", "ssim")
     )
-    assert psnr["pipeline"] > max(psnr["identity_through_vae"], psnr["identity"]) + 0.4
+    assert psnr["pipeline"] > max(psnr["identity_through_vae"], psnr["identity"]) + 1
     assert ssim["pipeline"] > ssim["identity"]
     assert found["models"]["pipeline"]["minus"]["identity"]["all"]["psnr"]["low"] > 0  # of its interval
     trained = found["models"]["pipeline"]["training"]

@@ -369,16 +369,16 @@ def test_kept_models_are_small_whole_and_described():
     assert total < 24e6
 
 
-def test_kept_models_know_words_that_no_instruction_here_has():
+def test_kept_base_knows_words_that_no_instruction_here_has():
     from transformers import CLIPTextModel
 
     tokenizer = build_tokenizer()
     pairs = "downpour rain", "crimson red", "downpour blur", "crimson noise"
     first, second = np.array([tokenizer(words).input_ids[1:3] for words in pairs]).T
-    for name in ("tiny-stable-diffusion", "tiny-instruct-pix2pix"):
-        vectors = CLIPTextModel.from_pretrained(ASSETS / name / "text_encoder").get_input_embeddings().weight.detach()
-        like = torch.cosine_similarity(vectors[first], vectors[second])
-        assert like[:2].min() > 0.5 and like[2:].max() < 0.3, name
+    text_encoder = CLIPTextModel.from_pretrained(ASSETS / "tiny-stable-diffusion/text_encoder")
+    vectors = text_encoder.get_input_embeddings().weight.detach()
+    like = torch.cosine_similarity(vectors[first], vectors[second])
+    assert like[:2].min() > 0.5 and like[2:].max() < 0.3
 
 
 def test_kept_autoencoder_holds_held_out_photos_and_cartoons(kept):
