@@ -6,8 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from data_preparation import build_generic_edits, build_tasks
 from instruct_pix2pix.building import generic_edits, tasks
@@ -19,7 +17,6 @@ from tests.conftest import ROOT
 from tests.data_scripts import checksums, make_photos, pixels, plan_of, read_rows
 from tools import flan
 
-TINY = ROOT / "assets/tiny-stable-diffusion"
 WHOLE = ("--validation_fraction", "0", "--test_fraction", "0")
 
 
@@ -60,7 +57,8 @@ def test_there_are_enough_tasks_with_wordings_of_which_no_training_has_the_held_
 def test_the_tiny_model_knows_the_words():
     tokenizer = build_tokenizer()
     words = {word for task in TASKS.values() for text in (*task.wordings, *task.held_out) for word in text.split()}
-    assert {word for word in words if len(tokenizer(word).input_ids) > 3} == {"higher"}
+    # Held out, both: tools/make_tiny_words.py sees no held-out wording.
+    assert {word for word in words if len(tokenizer(word).input_ids) > 3} == {"highlights", "mosaic"}
 
 
 def test_a_compound_undoes_what_is_degraded_and_edits_what_is_edited(tile):
@@ -159,9 +157,6 @@ def test_two_runs_end_to_end_and_the_second_call_goes_on(tmp_path, capfd, monkey
             assert row["edit_prompt"] == TASKS[row["task"]].wordings[:2]
         for measured in line["measured"].values():
             assert len(measured["gain"]) == len(measured["cost"]) == 4 and np.isfinite(measured["gain"]).all()
-    words = [load_file(base / "text_encoder/model.safetensors") for base in (TINY, tmp_path / "flan/base")]
-    (name,) = (name for name in words[0] if "token_embedding" in name)
-    assert torch.equal(10 * words[0][name], words[1][name])
     table = (tmp_path / "flan/table.md").read_text()
     assert table in said and "| 4 | 2 | " in table and (tmp_path / "flan/plot.png").stat().st_size > 10_000
     with pytest.raises(UserError, match="--output_dir: .*results.jsonl is of other settings"):
