@@ -58,7 +58,7 @@ def find_actors() -> list[psutil.Process]:
     return actors
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_same_bytes_with_workers_killed_and_a_bad_image(tmp_path, cluster):
     """Of 41 pictures one is cut short, which costs its row; two of the actors are killed while they work."""
     photos = tmp_path / "photos"
@@ -131,7 +131,7 @@ def test_whitebox_settings_come_from_where_the_shards_are_made(tmp_path, cluster
         assert gpus_of_an_actor(Flags, True) == 0.25
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_object_storage(tmp_path, cluster, storage):
     """Onto s3://, by this process and by actors; run again, only what is missing or damaged is made and sent."""
     photos = make_photos(tmp_path / "photos", 40)

@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT, copy_tree
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_killed_and_run_again_makes_the_same_bytes(tmp_path):
     command = [sys.executable, "tests/soak.py", "--kills=8", "--seed=3", f"--work_dir={tmp_path / 'soak'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
