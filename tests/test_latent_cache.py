@@ -43,10 +43,11 @@ def only_cache(folder):
 # ---- what is trained
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_cached_training_is_uncached_training(workers, small_run, built):
+@pytest.mark.parametrize(("workers", "embedding_noise"), [(0, 0), (2, 0), (0, 2)])
+def test_cached_training_is_uncached_training(workers, embedding_noise, small_run, built):
     """Flips, dropout, two wordings, 24 samples of 10 rows: the same losses to rounding, over two epochs."""
-    flags = {"max_train_steps": 6, "conditioning_dropout_prob": 0.2, **FIXED}
+    dropout = {"conditioning_dropout_prob": 0.2, "embedding_noise": embedding_noise}
+    flags = {"max_train_steps": 6, **dropout, **FIXED}
     live = losses(small_run(name="live", **LIVE, **flags))
     cached = losses(small_run(name="cached", dataloader_num_workers=workers, cache_latents=True, **flags))
     assert cached == pytest.approx(live, abs=1e-5)

@@ -11,7 +11,7 @@ from diffusers.training_utils import EMAModel, compute_snr
 
 from instruct_pix2pix.data.order import SampleOrder, stream, window_positions
 from instruct_pix2pix.models.sd import widen_conv_in
-from instruct_pix2pix.training.conditioning import drop_conditioning, dropout_masks
+from instruct_pix2pix.training.conditioning import drop_conditioning, dropout_masks, word_noise
 from instruct_pix2pix.training.ema import EMA, ema_decay
 from instruct_pix2pix.training.loss import add_noise, min_snr_weights, prediction_target, sample_losses
 
@@ -81,6 +81,19 @@ def test_dropped_conditions_become_the_null_prompt_and_zero_latents():
     assert torch.equal(new_text[0], null[0]) and torch.equal(new_image[0], image[0])
     assert torch.equal(new_text[1], null[0]) and not new_image[1].any()
     assert torch.equal(new_text[2], text[2]) and not new_image[2].any()
+
+
+def test_noise_goes_to_the_words_alone_as_large_as_the_sample_draws_it():
+    end, padding = 90, 0  # Stable Diffusion 2's padding is a word's token
+    ids = torch.full((400, 12), padding)
+    ids[:, :6] = torch.tensor([89, 5, 6, 7, 8, end])
+    table = 3 * torch.randn(100, 32, generator=torch.Generator().manual_seed(0))
+    noise = word_noise(table, ids, end, torch.arange(400), 2.0)
+    assert noise.shape == (400, 12, 32) and not noise[:, 0].any() and not noise[:, 5:].any()
+    sizes = noise[:, 1:5].std((1, 2)) / table.std()
+    assert 0 < sizes.min() < 0.1 and 1.8 < sizes.max() < 2.3 and sizes.mean() == pytest.approx(1, abs=0.1)
+    assert torch.equal(word_noise(table, ids[:1], end, torch.tensor([7]), 2.0), noise[7:8])
+    assert not word_noise(table, torch.tensor([[89, end, end]]), end, torch.tensor([0]), 2.0).any()  # the null prompt
 
 
 def test_widened_unet_predicts_what_stable_diffusion_did(base_models):

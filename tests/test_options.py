@@ -1,5 +1,6 @@
 """The command line: help at once, every flag explained, every wrong value one line and exit code 2."""
 
+import math
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ FLAGS = """
     on_bad_row check_rows validation_dataset max_validation_samples keep_best tracker_project_name run_name
     wandb_entity tags hub_strategy lora_rank lora_alpha use_dora loss_type huber_delta debiased_estimation_loss
     zero_terminal_snr streaming stream_cache_gb dataset_mixture timestep_bias_multiplier
-    timestep_bias_portion train_decoder_skips
+    timestep_bias_portion train_decoder_skips embedding_noise
 """.split()
 # Defaults of the original's scripts, but for the dropout, which the paper sets and the original left out.
 DEFAULTS = {
@@ -101,6 +102,8 @@ def test_help_and_wrong_flags_answer_without_heavy_imports(script):
         ({"adam_beta1": 1.0}, "--adam_beta1: 1.0 is out of range"),
         ({"conditioning_dropout_prob": 0.4}, "--conditioning_dropout_prob: 0.4 is out of range"),
         ({"conditioning_dropout_prob": -0.1}, "--conditioning_dropout_prob: -0.1 is out of range"),
+        ({"embedding_noise": -1.0}, "--embedding_noise: -1.0 is out of range"),
+        ({"embedding_noise": math.nan}, "--embedding_noise: nan is out of range"),
         ({"lr_scheduler": "cosin"}, "--lr_scheduler: 'cosin' is unknown"),
         ({"report_to": "tensorbord"}, "--report_to: 'tensorbord' is unknown"),
         ({"output_dir": "README.md"}, "--output_dir: README.md is a file"),

@@ -82,6 +82,7 @@ def test_k_plus_k_updates_equal_2k_updates_bit_by_bit(batch, accumulation, steps
         "use_ema": True,
         "random_flip": True,
         "conditioning_dropout_prob": 0.2,
+        "embedding_noise": 1.0,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 2,
     }

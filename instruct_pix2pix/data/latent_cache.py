@@ -68,10 +68,12 @@ class LatentCache:
         scaling_factor: float,
         wordings: list[list[int]],
         bad: dict[int, str],
+        ids: torch.Tensor,
     ):
         self.scaling_factor = scaling_factor
         self.bad = bad  # places of rows that cannot be used -> why
         self.wordings = wordings  # of each row, as places in the table of texts
+        self.ids = ids  # tokens (texts, L)
         self.files = {name: [file[name] for file in moments] for name in moments[0]}
         self.files["embedding"] = [file["embedding"] for file in texts]
 
@@ -196,7 +198,7 @@ def open_cache(args, accelerator, triples: Triples, tokenizer, text_encoder, vae
     tables = {kind: [load_file(path) for path in files if path.name.startswith(kind)] for kind in ("moments", "text")}
     bad = without | {place: why for path in files if path.name.startswith("moments") for place, why in _bad_in(path)}
     triples.leave_out((int(triples.indices[place]), why) for place, why in sorted(bad.items()))
-    cache = LatentCache(tables["moments"], tables["text"], vae.config.scaling_factor, wordings, bad)
+    cache = LatentCache(tables["moments"], tables["text"], vae.config.scaling_factor, wordings, bad, ids)
     cache.keep_on(accelerator.device)
     return cache
 

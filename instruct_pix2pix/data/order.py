@@ -22,6 +22,7 @@ STREAMS = {
     "groups": 8,
     "mixture": 9,
     "decoder_skips": 10,
+    "embedding_noise": 11,
 }
 SUBSTITUTES = 1000  # rows that are tried in the place of one that cannot be used
 

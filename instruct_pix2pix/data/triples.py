@@ -270,6 +270,7 @@ class TripleDataset(torch.utils.data.Dataset):
         posterior_noise     float32 (C, h, w)   samples the VAE's posterior of the edited image
         timestep            int     [0, T)
         dropout             float   [0, 1)      decides the conditioning dropout
+        embedding_seed      int     of the noise on words, where --embedding_noise asks for it
 
         skipped             list of (row, reason)  that could not be used in its place
 
@@ -375,12 +376,15 @@ def diffusion_draws(args, position: int, latent_shape: tuple[int, int, int], num
         share = biased / (biased + 1 - args.timestep_bias_portion)
         late = max(1, num_timesteps - round(args.timestep_bias_portion * num_timesteps))
         timestep = int(rng.integers(late, num_timesteps) if rng.random() < share else rng.integers(late))
-    return {
+    draws = {
         "timestep": int(rng.integers(num_timesteps)) if timestep is None else timestep,
         "noise": torch.from_numpy(rng.standard_normal(latent_shape, dtype=np.float32)),
         "posterior_noise": torch.from_numpy(rng.standard_normal(latent_shape, dtype=np.float32)),
         "dropout": float(stream(args.seed, "dropout", position).random()),
     }
+    if args.embedding_noise:
+        draws["embedding_seed"] = torch.tensor(int(stream(args.seed, "embedding_noise", position).integers(2**63)))
+    return draws
 
 
 def collate(samples: list[dict | UserError]) -> dict | UserError:

@@ -1,4 +1,5 @@
-"""The three-way conditioning dropout that makes two-scale guidance possible (InstructPix2Pix, section 3.2.1)."""
+"""What training does to the conditioning: the three-way dropout that makes two-scale guidance possible
+(InstructPix2Pix, section 3.2.1), and noise on the words of instructions."""
 
 import torch
 
@@ -41,3 +42,28 @@ def drop_conditioning(
     text_embeddings = torch.where(keep_text[:, None, None], text_embeddings, null_embedding)
     image_latents = image_latents * keep_image[:, None, None, None]
     return text_embeddings, image_latents
+
+
+def word_noise(table: torch.Tensor, ids: torch.Tensor, end: int, seeds: torch.Tensor, most: float) -> torch.Tensor:
+    """Noise for the vectors of the words of instructions, (B, L, D) as what the table has for `ids`.
+
+    It teaches that words near the known ones mean the same, and to look at the image where words mean nothing. As in
+    NEFTune (Jain et al. 2023, section 2) it goes to the vectors, before the encoder's layers. Unlike there it is
+    normal, and of each sample as large as a draw from [0, most] says, in standard deviations of the table.
+
+    Args:
+        table: (V, D), the vectors of all words.
+        ids: (B, L) tokens. Those of start and end, and the padding, get none.
+        end: the token of the end.
+        seeds: (B,) int64, of the samples' draws.
+        most: 0 or more.
+    """
+    words = (ids != end).cumprod(dim=1)
+    words[:, 0] = 0
+    noise = []
+    for seed in seeds.tolist():
+        generator = torch.Generator().manual_seed(seed)
+        size = most * torch.rand((), generator=generator)
+        noise.append(size * torch.randn(ids.shape[1], table.shape[1], generator=generator))
+    noise = (torch.stack(noise) * words[..., None]).to(table.device)
+    return (noise * table.float().std()).to(table.dtype)

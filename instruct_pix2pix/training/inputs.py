@@ -7,7 +7,7 @@ from instruct_pix2pix.data import latent_cache
 from instruct_pix2pix.data.order import window_positions
 from instruct_pix2pix.data.triples import TripleDataset, collate, to_unit_range
 from instruct_pix2pix.models import sd
-from instruct_pix2pix.training.conditioning import drop_conditioning
+from instruct_pix2pix.training.conditioning import drop_conditioning, word_noise
 from instruct_pix2pix.training.loss import add_noise, debiased_weights, min_snr_weights, prediction_target
 from instruct_pix2pix.training.stopping import leave_stopping_to_the_trainer
 
@@ -92,6 +92,12 @@ class WindowEncoder:
         else:
             text = self.embed(window["instructions"])
             image_latents, latents = self.encode_pairs(window)
+        if config.embedding_noise:
+            ids = self.cache.ids[window["text"]] if self.cache else sd.tokenize(self.tokenizer, window["instructions"])
+            table, most = self.text_encoder.get_input_embeddings(), config.embedding_noise
+            noise = word_noise(table.weight, ids, self.tokenizer.eos_token_id, window["embedding_seed"], most)
+            with table.register_forward_hook(lambda module, inputs, vectors: vectors + noise):
+                text = self.encode(ids)
         moved = {name: window[name].to(self.device, non_blocking=True) for name in ("noise", "timesteps", "dropout")}
         text, image_latents = drop_conditioning(
             text, image_latents, self.null_embedding, moved["dropout"], config.conditioning_dropout_prob
@@ -127,8 +133,11 @@ class WindowEncoder:
 
     def embed(self, instructions: list[str]) -> torch.Tensor:
         """(B, L, D), of the text encoder's precision."""
-        ids = sd.tokenize(self.tokenizer, instructions).to(self.text_encoder.device)
-        return sd.encode_text(self.text_encoder, ids).to(self.device)
+        return self.encode(sd.tokenize(self.tokenizer, instructions))
+
+    def encode(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, L, D) of tokens (B, L)."""
+        return sd.encode_text(self.text_encoder, ids.to(self.text_encoder.device)).to(self.device)
 
     def encode_pairs(self, window: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents of the originals and of the edited images, (B, C, h, w) float32, see sd.encode_pair."""
@@ -148,7 +157,7 @@ class WindowEncoder:
         latents = torch.zeros(size, self.vae.config.latent_channels, latent_side, latent_side)
         zeros = torch.zeros(size, dtype=torch.long)
         window = {"noise": latents, "posterior_noise": latents, "timesteps": zeros, "dropout": torch.ones(size)}
-        window["replay"] = torch.ones(size, dtype=torch.bool)
+        window |= {"replay": torch.ones(size, dtype=torch.bool), "embedding_seed": zeros}
         if self.cache is not None:
             return window | {"row": zeros, "variant": zeros, "text": zeros}
         pixels = torch.zeros(size, 3, config.resolution, config.resolution, dtype=torch.uint8)

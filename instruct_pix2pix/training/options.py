@@ -5,6 +5,7 @@ Imports nothing heavy, so that `--help` and a wrong flag answer at once.
 
 import argparse
 import importlib.util
+import math
 from pathlib import Path
 
 from instruct_pix2pix import editing
@@ -181,6 +182,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         default=0.05,
         help="Probability of dropping the instruction only, the image only, and both, each"
         " (InstructPix2Pix, section 3.2.1). 0 trains a model that cannot be guided.",
+    )
+    add(
+        "--embedding_noise",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="Noise on the vectors of an instruction's words, up to S of their standard deviations: for new wordings"
+        " (docs/training.md). 0 for none.",
     )
 
     add(
@@ -387,6 +396,8 @@ def check(args: argparse.Namespace) -> None:
             f"--conditioning_dropout_prob: {args.conditioning_dropout_prob} is out of range; give 0 to 1/3 (it"
             " drops the instruction, the image and both with this probability each; 0.05 in the paper)"
         )
+    if not 0 <= args.embedding_noise < math.inf:
+        raise UserError(f"--embedding_noise: {args.embedding_noise} is out of range; give 0 or more, 1 or 2 say")
     if args.lr_scheduler not in LR_SCHEDULERS:
         raise UserError(f"--lr_scheduler: {args.lr_scheduler!r} is unknown; choose from {', '.join(LR_SCHEDULERS)}")
     trackers(args)

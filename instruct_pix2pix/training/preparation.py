@@ -385,7 +385,8 @@ def build(plan: Plan) -> Run:
     held_out = HeldOut(plan, make_inputs) if plan.held_out_triples is not None else None
     if cache is not None:
         vae.to("cpu")
-        text_encoder.to("cpu")
+        if not config.embedding_noise:
+            text_encoder.to("cpu")
 
     unet = sd.load_unet(config, plan.checkpoint)
     if config.compile and config.enable_xformers_memory_efficient_attention:
