@@ -19,6 +19,7 @@ def options(**changes) -> SimpleNamespace:
     values = {
         "dataset_name": None,
         "timestep_bias_multiplier": 1.0,
+        "embedding_noise": 0.0,
         "dataset_config_name": None,
         "train_data_dir": None,
         "original_dir": None,

@@ -73,7 +73,7 @@ def assert_pixels_of_training(folder, split="test"):
     """What is measured is what a training with --center_crop sees, and what it leaves out at the long side."""
     seen = read(folder, f"--split={split}")
     args = SimpleNamespace(resolution=64, image_geometry="resize_crop", center_crop=True, random_flip=False)
-    args.seed, args.timestep_bias_multiplier = 0, 1.0
+    args.seed, args.timestep_bias_multiplier, args.embedding_noise = 0, 1.0, 0.0
     triples = load_triples(Source(str(folder), "--dataset_name", split=split))
     trained_on = TripleDataset(triples, args, latent_shape=(4, 8, 8), num_timesteps=1000)
     assert len(seen) == len(trained_on.triples)

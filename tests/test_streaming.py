@@ -378,7 +378,7 @@ def test_a_server_that_is_lost_costs_no_update(small_run, shards, tmp_path, monk
 def samples_of(triples, ranks: int, updates: range) -> list[dict]:
     """What so many ranks train on, as lists of each update's rows in the order of the positions."""
     args = SimpleNamespace(seed=5, resolution=32, image_geometry="resize_crop", center_crop=False)
-    args.random_flip, args.timestep_bias_multiplier = True, 1.0
+    args.random_flip, args.timestep_bias_multiplier, args.embedding_noise = True, 1.0, 0.0
     rank_sets = [TripleDataset(triples, args, (4, 4, 4), 1000) for _ in range(ranks)]
     done = {}
     for step in updates:
