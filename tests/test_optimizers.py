@@ -1,5 +1,6 @@
 """Optimizers by name: they train, go on to the bit from a checkpoint, and export the weights that count."""
 
+import math
 import shutil
 
 import pytest
@@ -109,21 +110,30 @@ def test_every_optimizer_with_a_short_name_learns(name):
             assert (parameter - targets[n]).pow(2).mean() < 0.5 * targets[n].pow(2).mean(), n
 
 
-def test_muon_steps_matrices_and_adamw_the_rest():
-    def start():
-        matrix = torch.linspace(-1, 1, 24).view(4, 6)
-        return [torch.nn.Parameter(t.clone()) for t in (matrix, matrix.view(4, 6, 1, 1), matrix[0])]
-
+def test_muon_steps_matrices_and_hidden_convolutions_and_adamw_the_rest():
+    """A convolution is stepped as the matrix of its rows, in whatever layout it lies in memory."""
+    shapes = {"matrix": (4, 6), "hidden": (8, 4, 2, 2), "channels last": (8, 4, 2, 2)}
+    shapes |= {"few rows": (4, 6, 1, 1), "bias": (6,)}
+    ours = {
+        name: torch.nn.Parameter(torch.linspace(-1, 1, math.prod(shape)).view(shape)) for name, shape in shapes.items()
+    }
+    ours["channels last"].data = ours["channels last"].data.contiguous(memory_format=torch.channels_last)
+    theirs = {name: torch.nn.Parameter(each.detach().clone().contiguous()) for name, each in ours.items()}
+    for name in ("hidden", "channels last"):
+        theirs[name] = torch.nn.Parameter(theirs[name].detach().flatten(1))
     config = configuration("muon")
-    ours, theirs = start(), start()
-    both = optimizers.build(config, ours)
-    muon = torch.optim.Muon(theirs[:1], lr=0.03, weight_decay=config.adam_weight_decay, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(theirs[1:], lr=0.03, weight_decay=config.adam_weight_decay, fused=True)
+    both, decay = optimizers.build(config, ours.values()), config.adam_weight_decay
+    matrices, others = list(theirs.values())[:3], list(theirs.values())[3:]
+    muon = torch.optim.Muon(matrices, lr=0.03, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=0.03, weight_decay=decay, fused=True)
     for _ in range(3):
-        for parameter in ours + theirs:
+        for parameter in [*ours.values(), *theirs.values()]:
             parameter.grad = parameter.detach() ** 2 - 0.1
         both.step(), muon.step(), adamw.step()
-    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    for name, parameter in ours.items():
+        assert parameter.shape == parameter.grad.shape == shapes[name]
+        assert torch.equal(parameter, theirs[name].view(shapes[name])), name
+    assert ours["channels last"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_state_of_the_default_is_written_as_ever():

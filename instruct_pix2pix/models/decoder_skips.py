@@ -25,11 +25,10 @@ class DecoderSkips(ModelMixin, ConfigMixin):
         super().__init__()
         self.blocks = nn.ModuleList()
         for encoder, decoder in zip(encoder_channels, decoder_channels, strict=True):
+            first, second = (nn.Conv2d(channels, decoder, 3, padding=1) for channels in (encoder + decoder, decoder))
             last = nn.Conv2d(decoder, decoder, 1)
             nn.init.zeros_(last.weight), nn.init.zeros_(last.bias)
-            self.blocks.append(
-                nn.Sequential(nn.Conv2d(encoder + decoder, decoder, 3, padding=1), nn.SiLU(), last),
-            )
+            self.blocks.append(nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last))
 
     def forward(self, number: int, decoded: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
         """The new input of up block `number`, (B, C, h, w), from both blocks' inputs."""

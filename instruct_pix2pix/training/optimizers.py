@@ -19,17 +19,22 @@ SETTINGS = {
     "prodigy": {"use_bias_correction": True, "safeguard_warmup": True},
 }
 # Bytes of state for each trained number, where it is not two moments; with a schedule-free optimizer's average.
-STATE_BYTES = {"adamw8bit": 2.1, "adafactor": 2.2, "schedulefree": 12, "prodigy": 16}
+STATE_BYTES = {"adamw8bit": 2.1, "adafactor": 2.2, "muon": 4.1, "schedulefree": 12, "prodigy": 16}
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the matrices among the parameters, fused AdamW with `settings` for all else: PyTorch's Muon takes no
-    convolutions. Muon's steps are scaled to be as long as AdamW's, so that one learning rate suits both."""
+    """Muon for matrices and convolutions (Jordan et al. 2024), a convolution as a matrix with a row for each output
+    channel, and fused AdamW with `settings` for all else: norms, biases, convolutions to or from few channels. Muon's
+    steps are scaled to be as long as AdamW's, so that one learning rate suits both."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], settings: dict):
-        matrices, others = ([p for p in parameters if (p.ndim == 2) == wanted] for wanted in (True, False))
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: dict):
+        matrices, others = [], []
+        for each in parameters:
+            hidden = each.ndim > 2 and len(each) >= 8 and each[0].numel() >= 16
+            (matrices if each.ndim == 2 or hidden else others).append(each)
         shared = {name: settings[name] for name in ("lr", "weight_decay")}
-        muon = torch.optim.Muon(matrices, **shared, adjust_lr_fn="match_rms_adamw")
+        with self._as_matrices(matrices):
+            muon = torch.optim.Muon(matrices, **shared, adjust_lr_fn="match_rms_adamw")
         self.parts = (muon, torch.optim.AdamW(others, fused=True, **settings))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
@@ -37,7 +42,22 @@ class MuonAndAdamW(torch.optim.Optimizer):
         """One step of both, each with its own group and the state of all."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
-            part.step()
+            with self._as_matrices(group["params"] if part is self.parts[0] else ()):
+                part.step()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _as_matrices(parameters: Iterable[torch.nn.Parameter]):
+        """While open, convolutions and their gradients are matrices: PyTorch's Muon takes nothing else."""
+        convolutions = [(each, each.data, each.grad) for each in parameters if each.ndim > 2]
+        for each, whole, grad in convolutions:
+            each.grad, each.data = None, whole.flatten(1)
+            each.grad = None if grad is None else grad.flatten(1)
+        yield
+        for each, whole, grad in convolutions:
+            whole.copy_(each.data.view_as(whole))  # channels_last was flattened into a copy
+            each.grad, each.data = None, whole
+            each.grad = grad
 
 
 def build(config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
