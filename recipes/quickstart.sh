@@ -12,15 +12,16 @@ cd "$(dirname "$0")/.."
 
 TASK=${TASK:-cartoonization}
 MODEL_ID=${MODEL_ID:-assets/tiny-instruct-pix2pix}
-MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-900}
 case $TASK in
   cartoonization)
     OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart}
+    MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-900}
     DECODER_SKIPS=${DECODER_SKIPS:-300}
     BUILD="data_preparation/build_cartoonization.py --cartoonizer opencv"
     ;;
   low_level)
     OUTPUT_DIR=${OUTPUT_DIR:-outputs/quickstart-low-level}
+    MAX_TRAIN_STEPS=${MAX_TRAIN_STEPS:-1800}
     DECODER_SKIPS=${DECODER_SKIPS:-1500}
     # The strong end of the range: at 128 pixels the mild end leaves photos less damaged than the autoencoder does.
     BUILD="data_preparation/build_low_level.py --synthesize 1600 --tasks deblur derain denoise enhance --severity 0.8 1"
@@ -44,7 +45,8 @@ python $BUILD --all_instructions \
 echo "2/3  Fine-tuning ($MAX_TRAIN_STEPS updates)"
 # 64-pixel crops train well and fast; the edits that follow are of whole 128-pixel pictures. All these edits have one
 # right answer. So no guidance, which overshoots, nor the dropout that it needs; few steps, and training that suits them;
-# then detail of the input into the decoder: docs/restoration.md says what each is worth.
+# noise on words, so that wordings never seen are read too; then detail of the input into the decoder:
+# docs/restoration.md says what each is worth.
 accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=no --dynamo_backend=no \
   --num_cpu_threads_per_process="$THREADS" \
   finetune_instruct_pix2pix.py \
@@ -52,9 +54,10 @@ accelerate launch --quiet --num_processes=1 --num_machines=1 --mixed_precision=n
   --dataset_name="$OUTPUT_DIR/dataset" \
   --resolution=64 --image_geometry=crop --random_flip \
   --cached_crops=4 --train_batch_size=16 --max_train_steps="$MAX_TRAIN_STEPS" \
-  --learning_rate=1e-3 --lr_scheduler=cosine --lr_warmup_steps=20 \
-  --use_ema --ema_decay=0.99 \
+  --optimizer=muon --learning_rate=3e-3 --adam_beta2=0.99 --adam_weight_decay=1e-4 \
+  --lr_scheduler=cosine --lr_warmup_steps=20 --use_ema --ema_decay=0.99 \
   --guidance_scale=1 --image_guidance_scale=1 --conditioning_dropout_prob=0 --timestep_bias_multiplier=99 \
+  --embedding_noise=2 \
   --train_decoder_skips="$DECODER_SKIPS" \
   --checkpointing_steps=300 --checkpoints_total_limit=1 --resume_from_checkpoint=latest \
   --seed=42 --report_to=none \

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Makes two models like those kept in assets/ from assets/photos: the autoencoder and the text-to-image UNet by a script
 # of their own, the InstructPix2Pix by the training script, on a dataset of generic edits. An hour on one CPU core, by the
-# times of its parts. Words have the vectors of assets/tiny-stable-diffusion (tools/make_tiny_words.py); the InstructPix2Pix
-# in assets/ is older than those (docs/restoration.md says why it stays).
+# times of its parts. Words have the vectors of assets/tiny-stable-diffusion (tools/make_tiny_words.py).
 #
 #     bash recipes/tiny_base.sh                            # into outputs/tiny_models
 #     OUTPUT_DIR=/tmp/try bash recipes/tiny_base.sh --seed=1   # further flags go to the last training
