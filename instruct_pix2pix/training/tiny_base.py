@@ -33,6 +33,7 @@ from instruct_pix2pix.models.sd import tokenize
 from instruct_pix2pix.models.tiny import CONFIGURATION, build_tiny_pipeline, build_tokenizer, build_vae, save_pipeline
 from instruct_pix2pix.training.ema import EMA
 from instruct_pix2pix.training.loss import add_noise, prediction_target, sample_losses
+from instruct_pix2pix.training.optimizers import MuonAndAdamW
 
 TILE = 64  # pixels; 16 x 16 latents
 POSTERIOR_DEVIATION = 0.05  # of latents whose variance is 1
@@ -76,35 +77,22 @@ def to_model(images) -> torch.Tensor:
 def optimise(name: str, modules: list[nn.Module], steps: int, loss_at, seed: int) -> dict:
     """Minimise `loss_at(generator)` over the modules' parameters and leave their moving average in them.
 
-    The weights of convolutions and linear layers, as matrices with a row for each output channel, are updated by Muon
-    (Jordan et al. 2024), all else by AdamW. Returns the number of updates, the seconds, the last hundred's mean loss.
+    The rate is Muon's, a third of it AdamW's. Returns the number of updates, the seconds, the last hundred's mean loss.
     """
     parameters = [each for module in modules for each in module.parameters() if each.requires_grad]
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    # Those with too few channels to speak of a matrix are AdamW's.
-    weights = [w for w in (layer.weight for layer in layers) if len(w) >= 8 and w[0].numel() >= 16]
-    matrices = {weight: nn.Parameter(weight.detach().flatten(1)) for weight in weights}  # views of the weights
-    others = [parameter for parameter in parameters if parameter not in matrices]
-    optimizers = [
-        torch.optim.AdamW(others, 1e-3, betas=(0.9, 0.99), weight_decay=1e-4),
-        # With this adjustment an update is as large as one of AdamW at the same rate.
-        torch.optim.Muon(matrices.values(), 3e-3, weight_decay=1e-4, adjust_lr_fn="match_rms_adamw"),
-    ]
-    schedules = [get_cosine_schedule_with_warmup(each, min(200, steps // 10), steps) for each in optimizers]
+    optimizer = MuonAndAdamW(parameters, {"lr": 3e-3, "betas": (0.9, 0.99), "weight_decay": 1e-4})
+    optimizer.param_groups[1]["lr"] /= 3
+    schedule = get_cosine_schedule_with_warmup(optimizer, min(200, steps // 10), steps)
     average, losses, generator = EMA(parameters, 0.995), [], torch.Generator().manual_seed(seed)
     started = time.perf_counter()
     for _ in tqdm(range(steps), desc=name, mininterval=5):
-        for parameter in parameters:
-            parameter.grad = None
+        optimizer.zero_grad()
         loss = loss_at(generator)
         loss.backward()
         losses.append(loss.item())
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        for weight, matrix in matrices.items():
-            matrix.grad = weight.grad.flatten(1)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+        optimizer.step()
+        schedule.step()
         average.update()
     for parameter, mean in zip(parameters, average.shadow, strict=True):
         parameter.data = mean
