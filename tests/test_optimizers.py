@@ -136,6 +136,14 @@ def test_muon_steps_matrices_and_hidden_convolutions_and_adamw_the_rest():
     assert ours["channels last"].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("shape", [(4, 6), (6,)])
+def test_muon_trains_matrices_alone_and_biases_alone(shape):
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    parameter.grad = torch.ones(shape)
+    optimizers.build(configuration("muon"), [parameter]).step()
+    assert (parameter < 1).all()
+
+
 def test_state_of_the_default_is_written_as_ever():
     parameters = {"weight": torch.nn.Parameter(torch.ones(3))}
     optimizer = optimizers.build(configuration("adamw"), parameters.values())

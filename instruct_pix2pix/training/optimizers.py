@@ -32,17 +32,20 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for each in parameters:
             hidden = each.ndim > 2 and len(each) >= 8 and each[0].numel() >= 16
             (matrices if each.ndim == 2 or hidden else others).append(each)
-        shared = {name: settings[name] for name in ("lr", "weight_decay")}
-        with self._as_matrices(matrices):
-            muon = torch.optim.Muon(matrices, **shared, adjust_lr_fn="match_rms_adamw")
-        self.parts = (muon, torch.optim.AdamW(others, fused=True, **settings))
+        self.parts = []
+        if matrices:
+            shared = {name: settings[name] for name in ("lr", "weight_decay")}
+            with self._as_matrices(matrices):
+                self.parts.append(torch.optim.Muon(matrices, **shared, adjust_lr_fn="match_rms_adamw"))
+        if others:  # of LoRA there are none
+            self.parts.append(torch.optim.AdamW(others, fused=True, **settings))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: None = None) -> None:
         """One step of both, each with its own group and the state of all."""
         for part, group in zip(self.parts, self.param_groups, strict=True):
             part.param_groups, part.state = [group], self.state
-            with self._as_matrices(group["params"] if part is self.parts[0] else ()):
+            with self._as_matrices(group["params"] if isinstance(part, torch.optim.Muon) else ()):
                 part.step()
 
     @staticmethod
@@ -53,11 +56,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
         for each, whole, grad in convolutions:
             each.grad, each.data = None, whole.flatten(1)
             each.grad = None if grad is None else grad.flatten(1)
-        yield
-        for each, whole, grad in convolutions:
-            whole.copy_(each.data.view_as(whole))  # channels_last was flattened into a copy
-            each.grad, each.data = None, whole
-            each.grad = grad
+        try:
+            yield
+        finally:
+            for each, whole, grad in convolutions:
+                whole.copy_(each.data.view_as(whole))  # channels_last was flattened into a copy
+                each.grad, each.data = None, whole
+                each.grad = grad
 
 
 def build(config, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
