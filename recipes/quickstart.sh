@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way in a quarter of an hour, without a GPU, an account or a download: build a small dataset from the photographs in
-# assets/, fine-tune the tiny InstructPix2Pix in assets/ on it, edit held-out photographs, measure.
+# The whole way in a quarter of an hour, without a GPU, an account or a download: build a small dataset from the
+# photographs in assets/, fine-tune the tiny InstructPix2Pix in assets/ on it, edit held-out photographs, measure.
 #
 #     make quickstart                                      # cartoonization
 #     TASK=low_level bash recipes/quickstart.sh            # deblur, derain, denoise, enhance, one model for all
