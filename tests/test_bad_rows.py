@@ -127,7 +127,7 @@ def test_an_image_over_the_limit_is_told_with_the_flag_that_lifts_it(tmp_path, p
     small_run(train_data_dir=pairs, max_image_pixels=10**6, dry_run=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_agree_on_the_rows_that_stand_in(base_models, broken, small_run, tmp_path):
     """Two processes of batch 1 are one of batch 2, and together they know all that was left out."""
     flags = ["--train_batch_size=1", "--gradient_accumulation_steps=2", "--max_train_steps=6", "--seed=7"]

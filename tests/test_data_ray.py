@@ -87,8 +87,10 @@ def test_same_bytes_with_workers_killed_and_a_bad_image(tmp_path, cluster):
     "script, flags",
     [
         ("build_low_level.py", ("--synthesize", 30, "--tile", 64)),
-        ("build_generic_edits.py", ("--rows", 30, "--tile", 32)),
-        ("build_tasks.py", ("--tasks", "style", "compound", "--rows", 30, "--tile", 32)),
+        pytest.param("build_generic_edits.py", ("--rows", 30, "--tile", 32), marks=pytest.mark.long),
+        pytest.param(
+            "build_tasks.py", ("--tasks", "style", "compound", "--rows", 30, "--tile", 32), marks=pytest.mark.long
+        ),
     ],
 )
 def test_every_builder(tmp_path, cluster, monkeypatch, script, flags):

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instruct_pix2pix.building.whitebox_weights import read_weights
+from instruct_pix2pix.cli import UserError
 from tests.data_scripts import PHOTOS, make_photos, pixels, plan_of, read_rows, run
 from tests.loopback_hub import loopback_hub
 
@@ -240,8 +242,6 @@ def same(first: dict, second: dict) -> bool:
 
 
 def test_weights_from_a_saved_model(tmp_path, weights):
-    from instruct_pix2pix.building.whitebox_weights import read_weights
-
     assert same(read_weights(str(write_saved_model(tmp_path / "plain", weights))), weights)
     scoped = write_saved_model(tmp_path / "scoped", weights, lambda layer, kind: f"model/generator/{layer}/{kind}:0")
     assert same(read_weights(str(scoped)), weights)
@@ -249,8 +249,6 @@ def test_weights_from_a_saved_model(tmp_path, weights):
 
 def test_weights_from_an_object_based_checkpoint(tmp_path, weights):
     """Keys say nothing there; the object graph, kept as one more entry, names the variables."""
-    from instruct_pix2pix.building.whitebox_weights import read_weights
-
     graph: dict[str, str] = {}
 
     def anonymous(layer, kind):
@@ -265,8 +263,6 @@ def test_weights_from_an_object_based_checkpoint(tmp_path, weights):
 def test_weights_from_npz_and_safetensors(tmp_path, weights):
     from safetensors.numpy import save_file
 
-    from instruct_pix2pix.building.whitebox_weights import read_weights
-
     np.savez(tmp_path / "weights.npz", **weights)
     save_file(weights, tmp_path / "weights.safetensors")
     half = {name: array.astype(np.float16) for name, array in weights.items()}
@@ -278,18 +274,18 @@ def test_weights_from_npz_and_safetensors(tmp_path, weights):
 
 
 def test_wrong_weights_name_the_first_array_that_does_not_fit(tmp_path, weights):
-    photos = make_photos(tmp_path / "photos", 1)
-
     def refused(source) -> str:
-        message = run(SCRIPT, "--photos", photos, "--cartoonizer_weights", source, "--output_dir", tmp_path / "out",
-                      fails=2)  # fmt: skip
-        assert "--cartoonizer_weights" in message and not (tmp_path / "out").exists()
-        return message
+        with pytest.raises(UserError, match="--cartoonizer_weights") as caught:
+            read_weights(str(source))
+        return str(caught.value)
 
     wrong = dict(weights)
     wrong["block2.conv1.weight"] = np.zeros((64, 128, 3, 3), np.float32)
     np.savez(tmp_path / "shape.npz", **wrong)
     assert "block2.conv1.weight has shape (64, 128, 3, 3), not (128, 128, 3, 3)" in refused(tmp_path / "shape.npz")
+    photos, out = make_photos(tmp_path / "photos", 1), tmp_path / "out"
+    flags = ("--photos", photos, "--cartoonizer_weights", tmp_path / "shape.npz", "--output_dir", out)
+    assert refused(tmp_path / "shape.npz") in run(SCRIPT, *flags, fails=2) and not out.exists()
     del wrong["block2.conv1.weight"], wrong["conv8.bias"]
     np.savez(tmp_path / "missing.npz", **wrong)
     assert "no array for block2.conv1.weight" in refused(tmp_path / "missing.npz")
@@ -347,7 +343,6 @@ def test_weights_from_the_hub_serve_without_it_too(tmp_path, weights):
 
 @needs_reference
 def test_the_authors_weights_are_read_alike_from_npz_and_tflite():
-    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     npz = read_weights(f"{REFERENCE}/whitebox_generator_oihw_fp16.npz")
     assert same(read_weights(f"{REFERENCE}/whitebox_cartoon_gan_fp16.tflite"), npz)
@@ -373,7 +368,6 @@ def test_parity_with_the_published_tflite_file():
     import torch
 
     from instruct_pix2pix.building.whitebox import guided_filter, load_generator
-    from instruct_pix2pix.building.whitebox_weights import read_weights
 
     path = f"{REFERENCE}/whitebox_cartoon_gan_fp16.tflite"
     interpreter = litert.Interpreter(path)

@@ -214,7 +214,7 @@ def test_the_image_is_made_of_files_that_are_there_and_of_the_requirements():
 # ---- and with real processes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slurms_signal_stops_two_processes_in_a_checkpoint(stubs, base_models, pairs, tmp_path):
     """The stub of srun sends the signal once the training has begun; both tasks end, and the job is queued again."""
     started = tmp_path / "run/training_log.jsonl"

@@ -109,7 +109,15 @@ def test_sigterm_to_the_recipe_reaches_the_launcher(recipe, environment, tmp_pat
         assert int(process.stdout.read()) == process.pid
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "cartoonizer_from_scratch",
+        "low_level_finetuned",
+        pytest.param("cartoonizer_finetuned", marks=pytest.mark.long),
+        pytest.param("low_level_from_scratch", marks=pytest.mark.long),
+    ],
+)
 def test_recipe_runs_to_the_end(recipe, environment, tmp_path):
     # 256 px is the recipe's; 64 px spares the test's time. A flag behind the recipe's own wins.
     flags = ("--resolution=64", "--num_validation_images=1")
