@@ -450,16 +450,16 @@ def test_the_quickstart_learns_from_photographs_what_held_out_ones_show(tmp_path
 
 @pytest.mark.long
 def test_the_low_level_quickstart_restores_in_the_steps_that_suit_each_task(tmp_path):
-    """At two ninths of its updates, of the decoder skips at a twenty-fifth: +3.1 dB over all, +9.5 for light, when this
-    was written; so few updates of the skips may help or not."""
+    """At a ninth of its updates, of the decoder skips at a twenty-fifth: +3.6 dB over all, +9.9 for light, +3.7 for
+    noise, +1.8 for rain, when this was written; so few updates of the skips may help or not."""
     found = run_quickstart(tmp_path, "200", "--train_decoder_skips=60", TASK="low_level")
     settings = read_settings(tmp_path / "quickstart/pipeline/recommended_settings.json")
     assert settings["tasks"].keys() == {"deblur", "denoise", "derain", "enhance"}
     assert all(task["steps"] in (1, 2, 4) for task in settings["tasks"].values())
     gains = found["models"]["pipeline"]["minus"]["identity"]
-    assert gains["all"]["psnr"]["low"] > 1.5
-    assert gains["tasks"]["enhance"]["psnr"]["mean"] > 7
-    assert gains["tasks"]["derain"]["psnr"]["mean"] > 0 and gains["tasks"]["denoise"]["psnr"]["mean"] > 1.5
+    assert gains["all"]["psnr"]["low"] > 2
+    assert gains["tasks"]["enhance"]["psnr"]["mean"] > 8
+    assert gains["tasks"]["derain"]["psnr"]["mean"] > 0.5 and gains["tasks"]["denoise"]["psnr"]["mean"] > 2.5
     said = json.loads((tmp_path / "quickstart/pipeline/training_summary.json").read_text())["decoder_skips"]
     kept = (tmp_path / "quickstart/pipeline/decoder_skips/config.json").is_file()
     assert said.endswith("pairs held back, kept" if kept else "pairs held back, not kept")
