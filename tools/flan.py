@@ -135,14 +135,19 @@ def report(lines: list[dict], folder: Path) -> str:
             text += f"| {' | '.join((*label, *(cell(mean(runs, kind, name), 2, '+') for kind in KINDS)))} |\n"
     write_text(folder / "table.md", text)
     figure = Figure((14, 4), layout="constrained")
-    for kind, plane in zip(KINDS, figure.subplots(1, len(KINDS)), strict=True):
-        for wordings in dict.fromkeys(wordings for _, wordings in groups):
-            found = {tasks: mean(runs, kind) for (tasks, of), runs in groups.items() if of == wordings}
+    counts, amounts = (list(dict.fromkeys(each)) for each in zip(*groups, strict=True))
+    for kind, plane in zip(KINDS, figure.subplots(1, len(KINDS), sharey=True), strict=True):
+        plane.axhline(0, color="gray", linewidth=1)
+        for shift, amount in enumerate(sorted(amounts, key=int)):
+            found = {tasks: mean(runs, kind) for (tasks, of), runs in groups.items() if of == amount}
             ends = [[(of or {}).get(end) for end in ("mean", "low", "high")] for of in found.values()]
             middle, low, high = np.array(ends, float).T  # not a number where no edit became a picture
-            plane.errorbar(list(found), middle, [middle - low, high - middle], fmt="o-", capsize=3, label=wordings)
-        plane.set(title=kind, xlabel="tasks trained on", ylabel=MEASURES["gain"])
-        plane.legend(title="wordings")
+            places = [counts.index(tasks) + 0.08 * shift for tasks in found]
+            plane.errorbar(places, middle, [middle - low, high - middle], fmt="o-", capsize=3, label=amount)
+        plane.set(title=kind, xlabel="tasks trained on", xticks=range(len(counts)), xticklabels=counts)
+        plane.margins(x=0.15)
+    figure.axes[0].set(ylabel=MEASURES["gain"])
+    plane.legend(title="wordings of each")
     with written_whole(folder / "plot.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return text
