@@ -6,7 +6,7 @@
 
 The published model knows deraining, denoising, deblurring and low-light enhancement.
 Without guidance, unless both scales say otherwise: a restoration has one right answer, and guidance overshoots it, by
-0.9 to 3.4 dB in this project's measurements. A model's recommended_settings.json goes before these defaults.
+0.7 to 3.4 dB in this project's measurements. A model's recommended_settings.json goes before these defaults.
 Runs on CUDA in half precision, else on Apple's GPU or the CPU in single precision. The output has the size of the
 input. Folders of images are for edit_images.py.
 """

@@ -24,8 +24,8 @@ STATE_BYTES = {"adamw8bit": 2.1, "adafactor": 2.2, "muon": 4.1, "schedulefree": 
 
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for matrices and convolutions (Jordan et al. 2024), a convolution as a matrix with a row for each output
-    channel, and fused AdamW with `settings` for all else: norms, biases, convolutions to or from few channels. Muon's
-    steps are scaled to be as long as AdamW's, so that one learning rate suits both."""
+    channel, and fused AdamW with `settings` for all else: norms, biases, convolutions to few channels. Muon's steps are
+    scaled to be as long as AdamW's, so that one learning rate suits both."""
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], settings: dict):
         matrices, others = [], []
@@ -37,7 +37,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
             shared = {name: settings[name] for name in ("lr", "weight_decay")}
             with self._as_matrices(matrices):
                 self.parts.append(torch.optim.Muon(matrices, **shared, adjust_lr_fn="match_rms_adamw"))
-        if others:  # of LoRA there are none
+        if others:
             self.parts.append(torch.optim.AdamW(others, fused=True, **settings))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
