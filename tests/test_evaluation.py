@@ -462,7 +462,7 @@ def test_the_low_level_quickstart_restores_in_the_steps_that_suit_each_task(tmp_
     assert gains["tasks"]["derain"]["psnr"]["mean"] > 0.5 and gains["tasks"]["denoise"]["psnr"]["mean"] > 2.5
     said = json.loads((tmp_path / "quickstart/pipeline/training_summary.json").read_text())["decoder_skips"]
     kept = (tmp_path / "quickstart/pipeline/decoder_skips/config.json").is_file()
-    assert said.endswith("pairs held back, kept" if kept else "pairs held back, not kept")
+    assert said.endswith("rows held back, kept" if kept else "rows held back, not kept")
 
 
 def run_quickstart(tmp_path: Path, updates: str, *flags: str, **variables: str) -> dict:

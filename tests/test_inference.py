@@ -675,6 +675,20 @@ def test_what_a_killed_run_had_ready_does_not_replace_a_file_that_came_since(
     assert (out / "a.png").read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("text", ["first\u2028second", "a\x85b", "\udce4"])
+def test_a_record_holds_any_text(text, tmp_path):
+    """Line separators that are not line feeds, and the bytes of a file name that are no UTF-8."""
+    known = {"output": f"{text}.png", "instruction": text}
+    records.keep(tmp_path, [(known, b"image")])
+    records.append_records(tmp_path, [{"output": "next.png"}])
+    found = records.read_records(tmp_path)
+    assert found.keys() == {f"{text}.png", "next.png"}
+    assert records.own_record(tmp_path, f"{text}.png", found)["instruction"] == text
+    with (tmp_path / "edits.jsonl").open("w", encoding="utf-8", errors="ignore") as file:  # as it was written before
+        file.write(json.dumps(known, ensure_ascii=False).replace("\udce4", "") + "\n")
+    assert len(records.read_records(tmp_path)) == 1
+
+
 def test_stopped_while_editing_finishes_what_is_being_written(model, photos, tmp_path, monkeypatch, capsys):
     """Ctrl-C reaches the second batch while the first is being written: this one is there, whole, and recorded."""
     out, editing_again = tmp_path / "out", threading.Event()
@@ -862,6 +876,9 @@ def test_instructions_files_and_contact_sheet(model, photos, tmp_path, monkeypat
 
 
 def test_output_names():
+    nameless = "\udce4.png"  # a byte that is no UTF-8, as file names may have
+    twice = [(Path("/a", nameless), nameless, "x"), (Path("/b", nameless), nameless, "x")]
+    assert len({edit.output for edit in edit_folder.plan_outputs(twice, ".png", 1, None)}) == 2
     def names(*wanted, suffix=".png"):
         edits = edit_folder.plan_outputs([(Path(image), relative, text) for image, relative, text in wanted], suffix)
         return [edit.output for edit in edits]

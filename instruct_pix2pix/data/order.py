@@ -23,6 +23,7 @@ STREAMS = {
     "mixture": 9,
     "decoder_skips": 10,
     "embedding_noise": 11,
+    "held_back": 12,
 }
 SUBSTITUTES = 1000  # rows that are tried in the place of one that cannot be used
 

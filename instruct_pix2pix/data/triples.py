@@ -264,6 +264,7 @@ class TripleDataset(torch.utils.data.Dataset):
     A sample holds
         original, edited    uint8   (3, R, R)
         instruction         str
+        row                 int     its place among the rows of the split
         dataset             int     which of a mixture's
         replay              bool    whether the target is what the frozen base predicts
         noise               float32 (C, h, w)   the diffusion's epsilon
@@ -317,6 +318,7 @@ class TripleDataset(torch.utils.data.Dataset):
             "original": torch.from_numpy(np.ascontiguousarray(original.transpose(2, 0, 1))),
             "edited": torch.from_numpy(np.ascontiguousarray(edited.transpose(2, 0, 1))),
             "instruction": wordings[wording],
+            "row": torch.tensor(index),
             "dataset": torch.tensor(triples.dataset_of(index)),
             "replay": torch.tensor(triples.is_replayed(index)),
             "skipped": skipped,

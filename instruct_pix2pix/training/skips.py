@@ -22,14 +22,14 @@ from instruct_pix2pix.training.optimizers import MuonAndAdamW
 logger = logging.getLogger(__name__)
 
 MOST_PAIRS = 2048  # that are edited: as many images of 256 pixels take 800 MB of the host's memory
-HELD_BACK = 8  # every eighth is not learned from: do the skips help?
+HELD_BACK = 8  # of so many rows one is not learned from: do the skips help?
 STEPS = 8  # of sampling: as good as 20 (docs/sweep.md); 1 where training was for few
 LEARNING_RATE = 3e-3
 SMALLEST_ERROR = 1e-5  # mean squared, in [-1, 1]: 56 dB
 
 
 def train(run, unet) -> tuple[decoder_skips.DecoderSkips | None, dict]:
-    """Skips for `unet`, of the weights that are exported, and what to say of them; None where they do not help pairs
+    """Skips for `unet`, of the weights that are exported, and what to say of them; None where they do not help rows
     that were held back. For the main process."""
     config, device = run.config, run.accelerator.device
     samples, latents = edit_rows(run, unet)
@@ -45,9 +45,9 @@ def train(run, unet) -> tuple[decoder_skips.DecoderSkips | None, dict]:
             decoded = vae.decode(latents[places].to(device), return_dict=False)[0]
         return F.mse_loss(decoded, target, reduction="none").mean((1, 2, 3))
 
-    places = torch.arange(len(latents))
-    held_back = places[::HELD_BACK]
-    learned = places[places % HELD_BACK != 0] if len(places) > 1 else places
+    held = hold_back(samples["row"], config.seed)
+    held_back = held.nonzero().flatten()
+    learned = held_back if held.all() else (~held).nonzero().flatten()
     settings = {"lr": LEARNING_RATE, "betas": (0.9, 0.99), "weight_decay": 1e-4}
     optimizer = MuonAndAdamW(skips.parameters(), settings)
     updates = config.train_decoder_skips
@@ -67,9 +67,17 @@ def train(run, unet) -> tuple[decoder_skips.DecoderSkips | None, dict]:
         parts = held_back.split(config.train_batch_size)
         without, with_them = (torch.cat([error(part, used) for part in parts]).log10() for used in (None, skips))
     gain = 10 * (without - with_them).mean().item()
-    told = f"{gain:+.2f} dB on {len(held_back)} pairs held back, {'kept' if gain > 0 else 'not kept'}"
+    told = f"{gain:+.2f} dB on {len(held_back)} samples of rows held back, {'kept' if gain > 0 else 'not kept'}"
     logger.info("decoder skips: %s", told)
     return (skips if gain > 0 else None), {"decoder_skips": told}
+
+
+def hold_back(rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """Which samples, of these rows, are held back: whole rows, as training sees most of them many times. All of them
+    where there is one row alone."""
+    distinct = rows.unique()
+    chosen = stream(seed, "held_back").permutation(len(distinct))[: max(1, len(distinct) // HELD_BACK)]
+    return torch.isin(rows, distinct[torch.from_numpy(chosen)])
 
 
 @torch.no_grad()
@@ -93,7 +101,7 @@ def edit_rows(run, unet) -> tuple[dict, torch.Tensor]:
         seeds = [int(stream(config.seed, "decoder_skips", position).integers(2**31)) for position in positions]
         with run.accelerator.autocast():
             edited = editing.edit_batch(pipeline, batch["instructions"], images, seeds, latents=True, **setting)
-        samples.append({name: batch[name] for name in ("original", "edited")})
+        samples.append({name: batch[name] for name in ("original", "edited", "row")})
         latents.append((edited / run.vae.config.scaling_factor).float().cpu())
     for model, device in zip(frozen, rested, strict=True):
         model.to(device)
