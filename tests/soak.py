@@ -35,7 +35,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 # The only differences that are allowed: how long something took. Everything else in these files is compared.
 TIMES = {
     "training_log.jsonl": r'"(images_per_second|memory_gib)": [\d.]+',  # of ten updates
-    "training_summary.json": r'"train_seconds": [\d.]+',  # of the last of the runs
+    "training_summary.json": r'"train_seconds": [\d.]+',
     "README.md": r"train seconds [\d.]+",  # the same, on the model card
     # Evaluation's, and the model's.
     "edits.jsonl": r'"seconds": [\d.]+',

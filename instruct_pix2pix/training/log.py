@@ -126,7 +126,7 @@ class Log:
                 **_means("loss_dataset", range(1, mixed + 1), sums[2 * BANDS :]),
                 "grad_norm": norm,
                 **others,
-                "images_per_second": round(images_per_second, 2),
+                "images_per_second": float(f"{images_per_second:.4g}"),
                 "memory_gib": round(memory / 2**30, 2),
             }
             for step, (loss, norm, *sums), others in zip(steps, numbers, known, strict=True)
@@ -153,6 +153,11 @@ class Log:
                 f" not finite from there on ({self.run.describe_update(first)}); lower it, or train with bf16, and go"
                 " on with --resume_from_checkpoint latest"
             )
+
+    def seconds(self) -> float:
+        """What the updates took, those before a resume too, without checkpoints and validation."""
+        entries = read_json_lines(Path(self.run.config.output_dir) / LOG_FILE)
+        return sum(self.run.images_per_update / entry["images_per_second"] for entry in entries)
 
     def is_finite(self) -> bool:
         """Whether the last update seen was a sound one, and its weights worth keeping."""

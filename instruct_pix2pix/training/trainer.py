@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-import time
 from pathlib import Path
 
 import torch
@@ -68,7 +67,7 @@ def run_updates(run: Run) -> dict:
     logger.info("training %d updates of %d images, %s", last - run.first_step, run.images_per_update, where)
     if run.first_step > 0 and validation_is_due(run, run.first_step):
         validate(run, run.first_step, only_missing=True)  # the run before may have ended between checkpoint and picture
-    log, started = Log(run), time.perf_counter()
+    log = Log(run)
     try:
         with StopRequest() as stop, logging_redirect_tqdm():  # a message on a line of its own, above the bar
             for step in range(run.first_step + 1, last + 1):
@@ -111,7 +110,7 @@ def run_updates(run: Run) -> dict:
     run.checkpoints.raise_if_failed()
     return {
         "steps": last,
-        "train_seconds": round(time.perf_counter() - started, 1),
+        "train_seconds": round(log.seconds(), 1),
         "images_per_update": run.images_per_update,
         "epochs": round(run.epoch(last), 2),
         **({"mixture": told} if (told := run.triples.told()) else {}),
