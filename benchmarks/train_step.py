@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> dict:
         "resolution": flags.resolution,
         "images_per_update": run.images_per_update,
         "micro_batch_size": run.update.micro_batch_size,
-        "compiled": isinstance(run.update, steps.CompiledUpdate),
+        "compiled": hasattr(run.update.model, "_orig_mod"),
         "gradient_checkpointing": flags.gradient_checkpointing,
         "mixed_precision": flags.mixed_precision,
         "cached": run.config.cache_latents,

@@ -35,7 +35,8 @@ from instruct_pix2pix.cli import (
     warn,
     whole_number,
 )
-from instruct_pix2pix.data.sources import add_source_flags, source_of
+from instruct_pix2pix.data.sources import add_source_flags, same_split, source_of
+from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.edit_folder import make_batches
 from instruct_pix2pix.editing import USUAL
 from instruct_pix2pix.evaluation.settings import SCHEDULERS, SETTINGS_FILE, Setting, scheduler_name
@@ -83,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="outputs/sweep", help="Where results and plots go.")
     args = parser.parse_args(argv)
     source_of(args, "--dataset")
-    if args.test_split == args.split:
+    if args.test_split and same_split(args.test_split, args.split):
         raise UserError(f"--test_split: {args.split} is what settings are chosen on; name another split")
     return args
 
@@ -163,7 +164,9 @@ def measure(pipeline, rows: list[dict], settings: list[Setting], path: Path, arg
             started = time.perf_counter()
             try:
                 edited = editing.edit_batch(pipeline, texts, latents[batch[0]], seeds, **setting._asdict())
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise MemoryShortage("--batch_size: too many images for the GPU's memory; lower it and go on") from None
             seconds = round((time.perf_counter() - started) / len(batch), 5)
             for n, image in zip(batch, edited, strict=True):
@@ -260,7 +263,8 @@ def main(argv: list[str] | None = None) -> None:
 
     one_progress_bar()
     known = edits.known_wordings(args)
-    others = [name for name in ("test", "train") if args.split == "validation" and name != args.test_split]
+    others = ("test", "train") if same_split(args.split, "validation") else ()
+    others = [name for name in others if not args.test_split or not same_split(name, args.test_split)]
     split, rows, wordings = read_split(args, [args.split, *others], known)
     _, held_out, held_out_wordings = read_split(args, [args.test_split], known) if args.test_split else ("", [], {})
     pipeline = editing.load_pipeline(args.model, "--model", safety_checker=None)

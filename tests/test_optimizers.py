@@ -55,6 +55,11 @@ def test_a_resumed_run_goes_on_to_the_bit(name, small_run, tmp_path):
     assert expected.get(name, set()) <= changed.keys()
 
 
+@pytest.mark.parametrize("schedule", ["linear", "polynomial", "cosine_with_restarts", "constant_with_warmup"])
+def test_muon_takes_every_schedule(schedule, small_run):
+    assert len(losses(small_run(optimizer="muon", lr_scheduler=schedule, lr_warmup_steps=1, max_train_steps=2))) == 2
+
+
 def test_a_schedule_free_run_exports_its_average_not_the_weights_that_it_trains(small_run):
     """By hand: x is where y comes from, y = (1 - beta1) z + beta1 x (Defazio et al. 2024)."""
     run = small_run(optimizer="schedulefree", max_train_steps=3)

@@ -104,7 +104,7 @@ def test_help_and_wrong_flags_answer_without_heavy_imports(script):
         ({"conditioning_dropout_prob": -0.1}, "--conditioning_dropout_prob: -0.1 is out of range"),
         ({"embedding_noise": -1.0}, "--embedding_noise: -1.0 is out of range"),
         ({"embedding_noise": math.nan}, "--embedding_noise: nan is out of range"),
-        ({"lr_scheduler": "cosin"}, "--lr_scheduler: 'cosin' is unknown"),
+        ({"lr_scheduler": "cosin"}, "--lr_scheduler: invalid choice: 'cosin'"),
         ({"report_to": "tensorbord"}, "--report_to: 'tensorbord' is unknown"),
         ({"output_dir": "README.md"}, "--output_dir: README.md is a file"),
         ({"val_image_url": "README.md"}, "--validation_prompt: missing"),

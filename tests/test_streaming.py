@@ -235,7 +235,7 @@ def test_what_cannot_go_together_is_one_line(small_run, shards, pairs, tmp_path)
         "--cache_latents: needs the whole dataset at hand": {"cache_latents": True, "center_crop": True},
         "--original_dir: needs the whole": {"original_dir": pairs / "original", "edited_dir": pairs / "edited"},
         "--check_rows: all would read the whole stream": {"check_rows": "all"},
-        "--stream_cache_gb: -1.0 is out of range": {"stream_cache_gb": -1},
+        "--stream_cache_gb: -1 is out of range": {"stream_cache_gb": -1},
         "--stream_cache_gb: 1e-06 is too small for --dataset_name: .* give 0.0 or more": {"stream_cache_gb": 1e-6},
         "--streaming: .* is not parquet": {"dataset_name": pairs},
     }

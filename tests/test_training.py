@@ -128,10 +128,13 @@ def test_a_left_out_seed_is_drawn_written_down_and_kept_on_resume(small_run, tmp
 
 def test_a_finished_run_asked_to_resume_only_exports_again(small_run):
     output_dir = small_run(checkpointing_steps=4)
-    before = load_file(output_dir / UNET)
+    before, summary = load_file(output_dir / UNET), (output_dir / "training_summary.json").read_text()
     small_run(checkpointing_steps=4, resume_from_checkpoint="latest")
     after = load_file(output_dir / UNET)
     assert all(torch.equal(before[name], after[name]) for name in before)
+    assert (output_dir / "training_summary.json").read_text() == summary  # the time that training took, too
+    with pytest.raises(UserError, match="--max_train_steps: 3, but .*checkpoint-4 is of update 4; give 4 or more"):
+        small_run(checkpointing_steps=4, resume_from_checkpoint="latest", max_train_steps=3)
 
 
 def test_flags_that_change_on_resume_are_named(small_run, caplog):
@@ -190,6 +193,16 @@ def test_the_last_update_is_kept_even_where_the_pipeline_cannot_be_written(small
     assert kept == ["checkpoint-3", "checkpoint-4"] and not list((tmp_path / "run").glob(".*"))
     output_dir = small_run(checkpointing_steps=3, resume_from_checkpoint="latest")
     assert (output_dir / "model_index.json").exists() and len(losses(output_dir)) == 4
+
+
+def test_a_checkpoint_under_another_name_or_on_another_disk_goes_on(small_run, tmp_path):
+    output_dir = small_run(max_train_steps=2, checkpointing_steps=2)
+    (output_dir / "checkpoint-2").rename(tmp_path / "elsewhere")
+    (output_dir / "checkpoint-2").symlink_to(tmp_path / "elsewhere")
+    small_run(max_train_steps=3, checkpointing_steps=9, resume_from_checkpoint="latest")
+    (output_dir / "checkpoint-2").unlink()
+    (output_dir / "checkpoint-3").rename(output_dir / "best")
+    assert len(losses(small_run(resume_from_checkpoint="best"))) == 4
 
 
 def test_an_older_checkpoint_does_not_branch_off_in_the_same_folder(small_run):

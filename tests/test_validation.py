@@ -379,8 +379,9 @@ def test_wandb_keeps_its_run_and_gets_tables(small_run, pairs, tmp_path, monkeyp
 
 
 def test_held_out_rows_that_are_trained_on_or_not_there(small_run, pairs):
-    with pytest.raises(UserError, match="--validation_dataset: .* is trained on; name a split that is held out"):
-        small_run(validation_dataset=pairs, dry_run=True)
+    for same in (pairs, f"{pairs}/", pairs.parent / "x" / ".." / pairs.name):
+        with pytest.raises(UserError, match="--validation_dataset: .* is trained on; name a split that is held out"):
+            small_run(validation_dataset=same, dry_run=True)
     with pytest.raises(UserError, match="--validation_dataset: no/such-dataset"):
         small_run(validation_dataset="no/such-dataset", dry_run=True)
 

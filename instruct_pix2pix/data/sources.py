@@ -182,7 +182,7 @@ def choose_split(available: Iterable[str], source: Source) -> str:
     wanted = source.split or "train"
     if wanted in available:
         return wanted
-    alike = [name for name in available if _meaning(name) == _meaning(wanted)]
+    alike = [name for name in available if same_split(name, wanted)]
     if len(alike) == 1:
         return alike[0]
     if source.split is None and len(available) == 1:
@@ -192,8 +192,10 @@ def choose_split(available: Iterable[str], source: Source) -> str:
     raise UserError(f"{source} has no split named {wanted}, only {', '.join(available)}{remedy}")
 
 
-def _meaning(split: str) -> str:
-    return SPLIT_NAMES.get(split.lower(), split.lower())
+def same_split(one: str | None, other: str | None) -> bool:
+    """Whether two names mean one split, as val and validation do; None is train."""
+    one, other = (SPLIT_NAMES.get(name, name) for name in ((one or "train").lower(), (other or "train").lower()))
+    return one == other
 
 
 def find_columns(available: list[str], source: Source) -> dict[str, str]:

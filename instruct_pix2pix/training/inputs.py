@@ -89,15 +89,17 @@ class WindowEncoder:
         config = self.config
         if self.cache is not None:
             text, image_latents, latents = self.cache.look_up(window, self.device)
+            ids = self.cache.ids[window["text"]]
         else:
-            text = self.embed(window["instructions"])
             image_latents, latents = self.encode_pairs(window)
+            ids = sd.tokenize(self.tokenizer, window["instructions"])
         if config.embedding_noise:
-            ids = self.cache.ids[window["text"]] if self.cache else sd.tokenize(self.tokenizer, window["instructions"])
             table, most = self.text_encoder.get_input_embeddings(), config.embedding_noise
             noise = word_noise(table.weight, ids, self.tokenizer.eos_token_id, window["embedding_seed"], most)
             with table.register_forward_hook(lambda module, inputs, vectors: vectors + noise):
                 text = self.encode(ids)
+        elif self.cache is None:
+            text = self.encode(ids)
         moved = {name: window[name].to(self.device, non_blocking=True) for name in ("noise", "timesteps", "dropout")}
         text, image_latents = drop_conditioning(
             text, image_latents, self.null_embedding, moved["dropout"], config.conditioning_dropout_prob

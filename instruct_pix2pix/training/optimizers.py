@@ -39,7 +39,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 self.parts.append(torch.optim.Muon(matrices, **shared, adjust_lr_fn="match_rms_adamw"))
         if others:
             self.parts.append(torch.optim.AdamW(others, fused=True, **settings))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        super().__init__([group for part in self.parts for group in part.param_groups], {"lr": settings["lr"]})
 
     def step(self, closure: None = None) -> None:
         """One step of both, each with its own group and the state of all."""

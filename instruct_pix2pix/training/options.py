@@ -36,7 +36,8 @@ KEEP_BEST = {"loss": "lower", "psnr": "higher", "ssim": "higher"}  # which value
 
 
 def _size_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    """An argparse type: a number of at least 1, or auto."""
+    return text if text == "auto" else whole_number(1)(text)
 
 
 class _OneOrMore(argparse.Action):
@@ -56,9 +57,6 @@ def _optimizer_name(text: str) -> str:
     if text not in OPTIMIZERS and "." not in text.strip("."):
         raise argparse.ArgumentTypeError(f"{text!r} is unknown; give {', '.join(OPTIMIZERS)}, or package.Class")
     return next((name for name, path in OPTIMIZERS.items() if path == text), text)
-
-
-_size_or_auto.__name__ = "number or auto"  # argparse names it in its error: invalid number or auto value
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -131,7 +129,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help="Leave the dataset's parquet shards where they are (on disk, the Hub, or at an hf://, s3:// or https://"
         " address) and fetch row groups when their turn comes.",
     )
-    add("--stream_cache_gb", type=float, default=10, help="Disk for row groups, in --cache_dir, in 10^9 bytes.")
+    add("--stream_cache_gb", type=above_zero, default=10, help="Disk for row groups, in --cache_dir, in 10^9 bytes.")
 
     image = parser.add_argument_group("images")
     add = image.add_argument
@@ -225,7 +223,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--optimizer", type=_optimizer_name, default="adamw", metavar="NAME", help=names)
     add("--learning_rate", type=above_zero, default=1e-4, help="Learning rate after warm-up.")
     add("--scale_lr", action="store_true", help="Multiply it by processes x accumulation x batch size.")
-    add("--lr_scheduler", default="constant", help=f"Learning rate schedule: {', '.join(LR_SCHEDULERS)}.")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="Learning rate schedule.")
     add(
         "--lr_warmup_steps", type=whole_number(0), default=500, help="Warm-up updates, for the schedules that have one."
     )
@@ -364,8 +362,6 @@ def check(args: argparse.Namespace) -> None:
         source_of(args, "--dataset_name", "--train_data_dir")
     if args.dataset_mixture and args.validation_split and not args.validation_dataset:
         raise UserError("--validation_split: of a mixture; name one of its datasets with --validation_dataset as well")
-    if args.max_micro_batch_size not in (None, "auto") and args.max_micro_batch_size < 1:
-        raise UserError(f"--max_micro_batch_size: {args.max_micro_batch_size} is too small; give 1 or more, or auto")
     if not args.adam_weight_decay >= 0:
         raise UserError(f"--adam_weight_decay: {args.adam_weight_decay} is negative; give 0 or more")
     if not 0 < args.timestep_bias_portion < 1:
@@ -384,8 +380,6 @@ def check(args: argparse.Namespace) -> None:
     for name in ("cache_latents", "cached_crops", "original_dir") if args.streaming else ():
         if getattr(args, name):
             raise UserError(f"--{name}: needs the whole dataset at hand; leave it out, or --streaming")
-    if not args.stream_cache_gb > 0:
-        raise UserError(f"--stream_cache_gb: {args.stream_cache_gb} is out of range; give a number above 0")
     if args.streaming and args.check_rows == "all":
         raise UserError("--check_rows: all would read the whole stream; leave it out, rows are checked as they come")
     if args.lora_rank is None and (args.lora_alpha is not None or args.use_dora):
@@ -398,8 +392,6 @@ def check(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.embedding_noise < math.inf:
         raise UserError(f"--embedding_noise: {args.embedding_noise} is out of range; give 0 or more, 1 or 2 say")
-    if args.lr_scheduler not in LR_SCHEDULERS:
-        raise UserError(f"--lr_scheduler: {args.lr_scheduler!r} is unknown; choose from {', '.join(LR_SCHEDULERS)}")
     trackers(args)
 
     if args.output_dir and Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():

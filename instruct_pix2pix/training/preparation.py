@@ -185,12 +185,18 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
             " images yet; leave replay out, or fine-tune a model that does"
         )
     config = resolve(args, accelerator, seed, rows=len(triples))
+    if state["step"] > config.max_train_steps:
+        remedy = f"give {state['step']} or more, or export the checkpoint with tools/export_checkpoint.py"
+        update = f"{checkpoint} is of update {state['step']}"
+        raise UserError(f"--max_train_steps: {config.max_train_steps}, but {update}; {remedy}")
     optimizers.check(config)
     _say_what_is_unusual(config)
     if checkpoint is not None:
         _say_what_changed(config, state)
         if (before := state.get("mixture", [])) != triples.told():
             logger.warning("the mixture differs from the checkpoint's: %s -> %s", before, triples.told())
+    prediction_type = sd.prediction_type(configs)
+    cut_instructions = _count_cut_instructions(sd.load_tokenizer(config), triples)
     space_needed = _space_needed(config, configs, state["step"])
     validation_images, held_out_triples, recommended, repo_id = [], None, None, None
     if accelerator.is_main_process:
@@ -206,10 +212,10 @@ def check(args, accelerator: Accelerator, expected_in_channels: int) -> Plan:
         config=config,
         accelerator=accelerator,
         configs=configs,
-        prediction_type=sd.prediction_type(configs),
+        prediction_type=prediction_type,
         latent_side=latent_side,
         triples=triples,
-        cut_instructions=_count_cut_instructions(sd.load_tokenizer(config), triples),
+        cut_instructions=cut_instructions,
         checkpoint=checkpoint,
         first_step=state["step"],
         first_position=state["samples_seen"],
@@ -260,9 +266,9 @@ def _refuse_to_overwrite(output_dir: Path, checkpoint: Path | None) -> None:
     """Nothing that another run or the user made is written over, and two courses of training never share a folder,
     where they could not be told apart afterwards."""
     kept = checkpoints.list_checkpoints(output_dir)
-    if checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve():
+    if checkpoint is not None and checkpoint.parent.resolve() == output_dir.resolve():
         kept = [path for path in kept if damage(path) is None]
-        if checkpoint.name != kept[-1].name:
+        if kept and checkpoint.name != kept[-1].name:
             raise UserError(
                 f"--resume_from_checkpoint: {checkpoint.name} is not the newest of {output_dir}; move {kept[-1].name}"
                 " and others after it away, or name another --output_dir"
@@ -335,9 +341,8 @@ def _say_what_changed(config, state: dict) -> None:
             made = {None: "without it", True: "with it"}.get(before, f"with {before}")
             raise UserError(f"--{name}: the checkpoint was made {made}; give the flag as it was")
     taken_back = publishing.hide_paths(now)  # what a checkpoint that was on the Hub knows of these
-    names = [name for name in sorted(then.keys() & now) if then[name] not in (now[name], taken_back[name])]
-    changed = [f"{name} {then[name]} -> {now[name]}" for name in names]
-    changed = [text for text in changed if text.split()[0] not in harmless]
+    names = sorted((then.keys() & now.keys()) - harmless)
+    changed = [f"{n} {then[n]} -> {now[n]}" for n in names if then[n] not in (now[n], taken_back[n])]
     if changed:
         logger.warning("flags differ from the checkpoint's: %s", "; ".join(changed))
 
@@ -345,7 +350,8 @@ def _say_what_changed(config, state: dict) -> None:
 def _count_cut_instructions(tokenizer, triples: Triples) -> int:
     """How many distinct instructions have more tokens than the text encoder reads; said once, with the longest."""
     texts = triples.distinct_instructions()
-    lengths = [(len(ids), text) for text, ids in zip(texts, sd.tokenize_whole(tokenizer, texts), strict=True)]
+    whole = tokenizer(texts, verbose=False).input_ids  # neither padded nor cut
+    lengths = [(len(ids), text) for text, ids in zip(texts, whole, strict=True)]
     cut = [length for length in lengths if length[0] > tokenizer.model_max_length]
     if cut:
         tokens, text = max(cut)

@@ -99,14 +99,6 @@ class Update:
             self.drop_gradients()
 
 
-class CompiledUpdate(Update):
-    """The same with the UNet under torch.compile."""
-
-    def __init__(self, config, accelerator, model, optimizer, ema, micro_batch_size: int):
-        super().__init__(config, accelerator, model, optimizer, ema, micro_batch_size)
-        self.model = torch.compile(model)
-
-
 # ---- choosing
 
 
@@ -126,7 +118,7 @@ def choose_update(config, accelerator, model, optimizer, ema, make_inputs) -> Up
     on_cpu = accelerator.device.type == "cpu"
     logger.info("compiling the UNet%s", ": on a CPU that takes minutes and gains nothing" if on_cpu else "")
     try:
-        compiled = CompiledUpdate(*parts, size)
+        compiled = Update(config, accelerator, torch.compile(model), optimizer, ema, size)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the compiler's remarks about the libraries' code
             compiled.rehearse(make_inputs())
@@ -189,7 +181,7 @@ def memory_shortage(config) -> MemoryShortage:
         "--max_micro_batch_size auto": config.max_micro_batch_size not in (None, "auto"),
         "--gradient_checkpointing": not config.gradient_checkpointing,
         "--mixed_precision bf16": config.mixed_precision == "no",
-        "--cache_latents": not config.cache_latents,
+        "--cache_latents": not config.cache_latents and not config.streaming,
         "--offload_ema": config.use_ema and not config.offload_ema,
         "--use_8bit_adam": config.optimizer == "adamw",
     }

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from instruct_pix2pix import editing
 from instruct_pix2pix.cli import RowError, UserError
 from instruct_pix2pix.data.geometry import crop_pair
 from instruct_pix2pix.data.order import stream
-from instruct_pix2pix.data.sources import Source, source_of
+from instruct_pix2pix.data.sources import Source, same_split, source_of
 from instruct_pix2pix.data.triples import Triples, load_triples, open_pair
 from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.evaluation.metrics import psnr, ssim
@@ -65,10 +66,13 @@ def load_held_out(config, sources: list[Source]) -> Triples | None:
         return None
     flag = "--validation_dataset" if other else "--validation_split"
     for source in sources:
-        if other in (None, source.name) and (split or "train") == (source.split or "train"):
+        same = other is None or Path(other).expanduser().resolve() == Path(source.name).expanduser().resolve()
+        if same and same_split(split, source.split):
             raise UserError(f"{flag}: {other or split} is trained on; name a split that is held out")
     if config.dataset_mixture:
         source = source_of(argparse.Namespace(**{**vars(config), "dataset_name": other}), "--dataset_name")
+    else:
+        (source,) = sources
     held_out = replace(source, flag=flag, split=split, cache_dir=config.cache_dir, token=config.hub_token)
     if other:
         held_out = replace(held_out, name=other, edited_dir=None, config_name=None, streaming="://" in other)
@@ -103,8 +107,7 @@ class HeldOut:
                 original, edited = (torch.from_numpy(np.stack(side)).permute(0, 3, 1, 2) for side in sides)
                 noise = torch.stack([self._noise(row, 0)[1] for row in self.rows[-len(crops) :]])
                 window = {"original": original, "edited": edited, "posterior_noise": noise}
-                with torch.no_grad():
-                    encoded.append((encoder.embed(list(instructions)), *encoder.encode_pairs(window)))
+                encoded.append((encoder.embed(list(instructions)), *encoder.encode_pairs(window)))
         if not encoded:
             raise UserError(f"{self.triples.source}: none of its rows can be used")
         # Text embeddings (N, L, D), latents of the originals and of the edited images (N, C, h, w).
