@@ -247,7 +247,7 @@ def load_pipeline(
     """
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    from instruct_pix2pix.models import decoder_skips
+    from instruct_pix2pix.models import decoder_skips, sd
 
     place, precision = choose_device(device, dtype)
     try:
@@ -257,6 +257,7 @@ def load_pipeline(
             pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(model_id, dtype=precision, **options)
             if all(_beside(model_id, file) for file in decoder_skips.FILES):
                 pipeline.decoder_skips = decoder_skips.load(model_id, precision, place)
+        sd.check_vocabulary(pipeline.tokenizer)
         pipeline.to(place)
     except UserError:
         raise

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
+from instruct_pix2pix import editing
 from instruct_pix2pix.cli import UserError
 from tests.conftest import copy_tree
 
@@ -219,3 +220,14 @@ def test_what_one_file_may_lack_is_said_in_the_dry_run(plain_bases, small_run, t
     cut.write_bytes((tmp_path / "0.safetensors").read_bytes()[:-5])
     with pytest.raises(UserError, match="--pretrained_model_name_or_path: cannot read .*cut.safetensors"):
         small_run("train", dry_run=True, pretrained_model_name_or_path=cut, base_config=base)
+
+
+def test_a_tokenizer_without_its_words_is_refused(base_models, small_run, tmp_path):
+    """transformers makes one that knows no word, without a complaint: every instruction would be the same."""
+    base = copy_tree(base_models["finetune"], tmp_path / "base")
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (base / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="--pretrained_model_name_or_path: cannot read tokenizer of .*vocab.json"):
+        small_run(pretrained_model_name_or_path=base)
+    with pytest.raises(UserError, match="--model_id: .* cannot be loaded .*vocab.json is missing"):
+        editing.load_pipeline(str(base), device="cpu")

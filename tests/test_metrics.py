@@ -208,6 +208,22 @@ def test_weights_of_the_cache_are_loaded_without_asking_the_hub(offline, monkeyp
     assert asked == {"local_files_only": True}
 
 
+def test_a_tokenizer_whose_words_are_not_in_the_cache_is_not_taken_from_there(monkeypatch, tmp_path):
+    """Of the model alone, transformers makes a tokenizer that knows no word, without a complaint."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from transformers import CLIPConfig, CLIPTokenizer
+
+    cache = tmp_path / "models--owner--clip"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs/main").write_text("1")
+    CLIPConfig().save_pretrained(cache / "snapshots/1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "file_exists", lambda *_: False)
+    with pytest.raises(perceptual.Unavailable, match="owner/clip: neither in the cache nor from the Hub"):
+        perceptual._from_hub("owner/clip", CLIPTokenizer, "vocab.json")
+
+
 def test_gmsd_and_haarpsi_of_piq(offline):
     pytest.importorskip("piq")
     measures, _ = perceptual.load()

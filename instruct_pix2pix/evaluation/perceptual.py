@@ -4,6 +4,7 @@ Weights come from the local cache, else from where they are published; without a
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from urllib.request import urlopen
@@ -130,7 +131,7 @@ def _load_piq(name: str, device) -> Measure:
 def _load_clip(device) -> Measure:
     from transformers import CLIPModel, CLIPTokenizer
 
-    model, tokenizer = _from_hub(CLIP, CLIPModel), _from_hub(CLIP, CLIPTokenizer)
+    model, tokenizer = _from_hub(CLIP, CLIPModel), _from_hub(CLIP, CLIPTokenizer, "vocab.json")
     return clip_measure(model.to(device), tokenizer, device)
 
 
@@ -140,15 +141,18 @@ def _load_dino(device) -> Measure:
     return dino_measure(_from_hub(DINO, ViTModel, add_pooling_layer=False).to(device), device)
 
 
-def _from_hub(model_id: str, cls, **options):
+def _from_hub(model_id: str, cls, file: str = "config.json", **options):
+    """A pretrained `cls`, from the cache where that has the `file` and all else of it, else from the Hub."""
     import huggingface_hub
 
     try:
-        cached = isinstance(huggingface_hub.try_to_load_from_cache(model_id, "config.json"), str)
+        if isinstance(huggingface_hub.try_to_load_from_cache(model_id, file), str):
+            with suppress(OSError):  # a download that was broken off
+                return cls.from_pretrained(model_id, local_files_only=True, **options)
         # Asked first because it answers at once; a download retries for half a minute without a network.
-        if not cached and not huggingface_hub.file_exists(model_id, "config.json"):
+        if not huggingface_hub.file_exists(model_id, file):
             raise OSError("no such model")
-        return cls.from_pretrained(model_id, local_files_only=cached, **options)
+        return cls.from_pretrained(model_id, **options)
     except Exception as error:
         raise Unavailable(f"{model_id}: neither in the cache nor from the Hub ({first_line(error)})") from None
 

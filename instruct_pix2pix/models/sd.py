@@ -181,21 +181,8 @@ def widen_conv_in(unet: UNet2DConditionModel) -> None:
     The new weights are zero and the old ones and the bias are kept, so the widened UNet predicts exactly what the
     old one did until it has learned to look at the source image.
     """
-    old = unet.conv_in
-    new = torch.nn.Conv2d(
-        8,
-        old.out_channels,
-        old.kernel_size,
-        old.stride,
-        old.padding,
-        device=old.weight.device,
-        dtype=old.weight.dtype,
-    )
-    with torch.no_grad():
-        new.weight.zero_()
-        new.weight[:, :4].copy_(old.weight)
-        new.bias.copy_(old.bias)
-    unet.conv_in = new
+    weight = torch.nn.functional.pad(unet.conv_in.weight.detach(), (0, 0, 0, 0, 0, 4))  # of the input channels
+    unet.conv_in.weight, unet.conv_in.in_channels = torch.nn.Parameter(weight), 8
     unet.register_to_config(in_channels=8)
 
 
@@ -232,9 +219,17 @@ def load_frozen(config) -> tuple[CLIPTokenizer, CLIPTextModel, AutoencoderKL]:
 
 def load_tokenizer(config) -> CLIPTokenizer:
     with base_files.explained(config, "tokenizer"):
-        return CLIPTokenizer.from_pretrained(
+        tokenizer = CLIPTokenizer.from_pretrained(
             base_files.source_of(config), subfolder="tokenizer", **base_files.where(config, "tokenizer")
         )
+        check_vocabulary(tokenizer)
+        return tokenizer
+
+
+def check_vocabulary(tokenizer: CLIPTokenizer) -> None:
+    """Raise OSError for a tokenizer without its words, which transformers makes without a complaint."""
+    if len(tokenizer) < 256:
+        raise OSError("vocab.json is missing")
 
 
 def load_model(config, part: str, **options) -> CLIPTextModel | AutoencoderKL | UNet2DConditionModel:
@@ -328,11 +323,6 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
         truncation=True,
         return_tensors="pt",
     ).input_ids
-
-
-def tokenize_whole(tokenizer: CLIPTokenizer, texts: list[str]) -> list[list[int]]:
-    """Texts to ids as they are, neither padded nor cut, the start and end tokens included."""
-    return tokenizer(texts, verbose=False).input_ids
 
 
 # ---- pipelines
