@@ -252,11 +252,14 @@ def _put_in_place(output_dir: Path) -> None:
     """Exchange what .export.partial holds for what is there. Killed anywhere, it can be called again."""
     new, old = output_dir / ".export.partial", output_dir / ".export.replaced"
     old.mkdir(exist_ok=True)  # from here on .export.partial is known to be whole
-    items = sorted((path.name for path in new.iterdir()), key=lambda name: name != INDEX_FILE)
-    for name in (*items, ADAPTER_FOLDER, decoder_skips.FOLDER):  # the index leaves first, and what is no more as well
+    # The index leaves first and comes last. The UNet comes first: where it waits, nothing new is in its place yet, and
+    # what the new pipeline may lack leaves too.
+    items = sorted((path.name for path in new.iterdir()), key=lambda name: (name != INDEX_FILE, name == "unet"))
+    gone = (ADAPTER_FOLDER, decoder_skips.FOLDER) if "unet" in items else ()
+    for name in (*items, *gone):
         if (output_dir / name).exists():
             os.replace(output_dir / name, old / name)
-    for name in reversed(items):  # and comes last
+    for name in reversed(items):
         os.replace(new / name, output_dir / name)
     flush(output_dir)
     shutil.rmtree(new)

@@ -1,5 +1,7 @@
 """The exported pipeline: whole whenever it stops, the base's own files, readable, without local paths."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -371,3 +373,31 @@ def test_the_card_edits_with_the_runs_own_guidance(base_model, tmp_path):
     assert "guidance 3.5 for the instruction and 1.0 for the image" in text
     compile(snippet, "snippet", "exec")
     assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("old", [(), ("adapter", "decoder_skips")])
+@pytest.mark.parametrize("new", [(), ("decoder_skips", "adapter")])
+def test_an_export_killed_at_any_two_moves_is_whole_in_the_end(old, new, tmp_path, monkeypatch):
+    parts, place, replace = ("unet", "vae", "model_index.json", "README.md"), publishing._put_in_place, os.replace
+
+    def make(folder: Path, content: str, further: tuple[str, ...]) -> dict[str, str]:
+        for name in (*parts, *further):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "file").write_text(content)
+        return dict.fromkeys((*parts, *further), content)
+
+    def kill_at(number: int, finish, folder: Path) -> None:
+        left = iter(range(number))
+        monkeypatch.setattr(os, "replace", lambda *paths: replace(*paths) if next(left, None) is not None else 1 / 0)
+        with contextlib.suppress(ZeroDivisionError):
+            finish(folder)
+        monkeypatch.setattr(os, "replace", replace)
+
+    for first, second in itertools.product(range(14), (0, 4, 9)):
+        run = tmp_path / f"{first}-{second}"
+        make(run, "old", old)
+        expected = make(run / ".export.partial", "new", new)
+        kill_at(first, place, run)
+        kill_at(second, publishing._finish_export, run)
+        publishing._finish_export(run)
+        assert {path.name: (path / "file").read_text() for path in run.iterdir()} == expected
