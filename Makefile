@@ -100,4 +100,4 @@ bench: $(VENV)/.installed
 	else echo "make bench REFERENCE=path/to/train_instruct_pix2pix.py also compares with diffusers' example"; fi
 
 clean:
-	rm -rf outputs .pytest_cache .ruff_cache
+	rm -rf outputs/benchmarks outputs/soak outputs/long-run .pytest_cache .ruff_cache

@@ -121,7 +121,7 @@ def build_page(editor, args: argparse.Namespace):
         if warning := editing.guidance_warning(text_scale, image_scale, args.negative_prompt):
             gr.Info(warning.replace("--", ""))
         options = {name: getattr(args, name) for name in ("negative_prompt", "resolution", "tile")}
-        options |= {"seed": seed, "mask": mask_of(painted), "on_step": lambda *done: bar(done, desc="Editing")}
+        options |= {"seed": seed or 0, "mask": mask_of(painted), "on_step": lambda *done: bar(done, desc="Editing")}
         try:
             before = read_image(path)
             after = editor(before, instruction, **setting._asdict(), **options)

@@ -14,15 +14,17 @@ import json
 import re
 import time
 from collections import Counter
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
+from instruct_pix2pix.building.photos import ordered_map
 from instruct_pix2pix.cli import MemoryShortage, RowError, UserError, first_line, warn
 from instruct_pix2pix.data.sources import source_of
+from instruct_pix2pix.devices import is_out_of_memory
 from instruct_pix2pix.evaluation.settings import Setting
 from instruct_pix2pix.files import check_folder, file_sha256, free_space, in_megabytes, write_bytes
 from instruct_pix2pix.images import (
@@ -84,7 +86,7 @@ def read_instructions(path: str) -> list[tuple[str | None, str]]:
         lines = [line.strip() for line in text.splitlines()]
         found = [(None, line) for line in lines if line and not line.startswith("#")]
     else:
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]
         try:
             rows = list(csv.DictReader(io.StringIO(text))) if path.endswith(".csv") else lines
         except csv.Error as error:
@@ -95,7 +97,7 @@ def read_instructions(path: str) -> list[tuple[str | None, str]]:
                 image, instruction = row["image"].strip(), row["instruction"].strip()
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 image = instruction = ""
-            if not image or not instruction:
+            if not Path(image).name or not instruction:
                 raise UserError(
                     f"--instructions_file: {path}, row {number}, lacks a text for image or instruction; "
                     'write {"image": "a.png", "instruction": "..."} or the columns image,instruction'
@@ -180,7 +182,7 @@ def plan_outputs(
         names.append(Path(folder_name(instruction) if by_instruction else "", name))
 
     endings = [image.suffix[1:] for image, _, _ in wanted]
-    hashes = [hashlib.sha256(f"{image} {text}".encode()).hexdigest()[:8] for image, _, text in wanted]
+    hashes = [hashlib.sha256(f"{image} {text}".encode("utf-8", "surrogateescape")).hexdigest()[:8] for image, _, text in wanted]
     for distinctions in (endings, hashes):
         # Compared without case: a.png and A.png are one file on some systems.
         count = Counter([str(name).casefold() for name in names] + [CONTACT_SHEET])
@@ -239,9 +241,12 @@ def rows_to_edit(args) -> list[tuple[Path, str, str]]:
         try:
             wordings = triples.instructions(index)
             image = triples.files.image(triples.rows[index][triples.original_image])
+            if isinstance(image, bytes):
+                image_size(image)  # rows beyond those that were checked
         except (RowError, BadImage) as error:
             if args.on_bad_row == "error":
-                raise
+                column = triples.original_image
+                raise error if isinstance(error, RowError) else triples.row_error(index, column, str(error)) from None
             warn(f"left out row {index}: {error}")
             continue
         name = f"{index:06d}"
@@ -342,17 +347,6 @@ def make_batches(sizes: dict[Edit, tuple[int, int]], multiple: int, batch_size: 
     return [group[start : start + batch_size] for group in in_order for start in range(0, len(group), batch_size)]
 
 
-def one_ahead(pool: Executor, function, items):
-    """Yield function(item) for all `items` in order; while the caller works on one, `pool` computes the next."""
-    following: Future | None = None
-    for item in items:
-        current, following = following, pool.submit(function, item)
-        if current is not None:
-            yield current.result()
-    if following is not None:
-        yield following.result()
-
-
 def load_model(args) -> StableDiffusionInstructPix2PixPipeline:
     """The pipeline of --model_id, its UNet's blocks to be compiled if --compile asks for it."""
     pipeline = editing.load_pipeline(args.model_id, device=args.device, dtype=args.dtype)
@@ -422,7 +416,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
 
     made: list[Edit] = []
     left_out: dict[str, str] = {}
-    compiled, edited, steps = args.compile, 0, args.steps
+    compiled, edited = args.compile, 0
     bar = tqdm(
         total=len(sizes),
         desc="editing",
@@ -453,13 +447,13 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
             try:
                 how = sampling(batch[0])._asdict() | {"negative_prompt": args.negative_prompt, "tile": args.tile}
                 return editing.edit_batch(pipeline, *arguments, **how, on_step=show_progress)
-            except torch.OutOfMemoryError:
-                raise MemoryShortage(
-                    f"--batch_size: {len(arguments[0])} images at a time do not fit into the GPU's memory; "
-                    "lower it or --resolution, or give --tile, and run again: what is done is kept"
-                ) from None
-            except Exception as error:  # compilers fail in many ways, at the first batch or at a later size
-                if not compiled:
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise MemoryShortage(
+                        f"--batch_size: {len(arguments[0])} images at a time do not fit into the GPU's memory; "
+                        "lower it or --resolution, or give --tile, and run again: what is done is kept"
+                    ) from None
+                if not compiled:  # compilers fail in many ways, at the first batch or at a later size
                     raise
                 compiled = False
                 bar.clear()  # its line makes room for the warning's
@@ -468,7 +462,7 @@ def edit_all(pipeline, args, settings: dict[Edit, dict], sizes: dict[Edit, tuple
                 return edit_with_fallback(*arguments)
 
         read = partial(read_batch, multiple=multiple, args=args)
-        for batch, (images, unreadable) in zip(batches, one_ahead(background, read, batches), strict=True):
+        for batch, (images, unreadable) in zip(batches, ordered_map(background, read, batches, 2), strict=True):
             left_out |= unreadable
             steps = sampling(batch[0]).steps
             bar.update(len(batch) - len(images))

@@ -92,7 +92,8 @@ def _evaluation(run_folder: Path, step: int) -> tuple[list[str], list[EvalResult
 
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        names, data, split = (found["settings"][key] for key in ("models", "dataset", "split"))
+        settings = found["settings"]
+        names, data, split = settings["models"], settings.get("dataset") or settings["original_dir"], settings["split"]
         here = [label for label, name in names.items() if name == run_folder.resolve().name]  # of a path its last part
         [means] = [found["models"][label] for label in here if found["models"][label]["training"]["steps"] == step]
         about = {"dataset_type": for_others(data), "dataset_name": Path(data).name, "dataset_split": split}

@@ -95,7 +95,8 @@ def write_json_lines(path: str | os.PathLike, rows: Iterable) -> None:
 def read_json_lines(path: str | os.PathLike) -> list:
     """What `write_json_lines` wrote, or was appended line by line: without what a kill cut short, and [] of no file."""
     found = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
+    # Not splitlines, which also parts at characters that a text may hold.
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if Path(path).exists() else []:
         with suppress(ValueError):
             found.append(json.loads(line))
     return found

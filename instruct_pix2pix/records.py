@@ -14,7 +14,7 @@ from pathlib import Path
 from instruct_pix2pix.cli import UserError
 from instruct_pix2pix.evaluation.settings import SETTINGS_FILE
 from instruct_pix2pix.files import file_sha256, flush, read_json_lines, write_json_lines
-from instruct_pix2pix.models.trained import configuration, needs_base
+from instruct_pix2pix.models.trained import SKIPS_FOLDER, configuration, needs_base
 
 RECORD = "edits.jsonl"
 # Settings that came later, and what they are where a record does not name them.
@@ -26,15 +26,19 @@ def model_fingerprint(model_id: str) -> str:
     """What tells one model from another: the id on the Hub, or a hash over a folder's files, and of a checkpoint or
     an adapter over its base model's as well.
 
-    Of a large file the size and the first and last megabyte are hashed: quick, and retraining shows in them.
+    Of a large file the size and the first and last megabyte are hashed: quick, and retraining shows in them. Beside a
+    pipeline's parts may lie checkpoints and evaluations, which are not the model.
     """
     folder = Path(model_id).expanduser()
     if not folder.exists():
         return model_id
-    digest, megabyte = hashlib.sha256(), 1 << 20
+    digest, megabyte, index = hashlib.sha256(), 1 << 20, folder / "model_index.json"
+    parts = {*json.loads(index.read_text()), SKIPS_FOLDER} if index.is_file() else None
     for path in sorted(folder.rglob("*")) if folder.is_dir() else [folder]:
         if path.name == SETTINGS_FILE:
             continue  # what a sweep of the model found
+        if parts and path.parent != folder and path.relative_to(folder).parts[0] not in parts:
+            continue
         if path == folder or (path.suffix in (".json", ".txt", ".safetensors", ".bin") and path.is_file()):
             size = path.stat().st_size
             digest.update(f"{path.relative_to(folder).as_posix()} {size} ".encode())
@@ -63,7 +67,7 @@ def append_records(output_dir: Path, records: list[dict]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.writelines(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+        file.writelines(json.dumps(record).encode() + b"\n" for record in records)
         file.flush()
         os.fsync(file.fileno())
 
@@ -128,7 +132,7 @@ def put_in_place(output_dir: Path, known: dict[str, list[dict]]) -> None:
     """Move what is ready to where it belongs, after its records: an output without one would look like somebody else's.
     Those that are `known` are there already."""
     ready = output_dir / READY
-    records = [json.loads(line) for line in (ready / RECORD).read_text(encoding="utf-8").splitlines()]
+    records = read_json_lines(ready / RECORD)
     append_records(output_dir, [record for record in records if record not in known.get(record["output"], [])])
     for number, record in enumerate(records):
         if (ready / str(number)).exists():
@@ -150,8 +154,8 @@ def finish_writes(output_dir: Path) -> None:
         os.truncate(record_file, len(content) - len(last_line))
     if ready.exists():
         known = read_records(output_dir)
-        for line in (ready / RECORD).read_text(encoding="utf-8").splitlines():
-            own_record(output_dir, json.loads(line)["output"], known)
+        for record in read_json_lines(ready / RECORD):
+            own_record(output_dir, record["output"], known)
         put_in_place(output_dir, known)
 
 

@@ -581,14 +581,16 @@ def test_a_mistake_of_the_model_is_not_the_compilers(model, photos, tmp_path, mo
 
 
 def test_one_batch_is_read_ahead():
+    from instruct_pix2pix.building.photos import ordered_map
+
     read = {number: threading.Event() for number in range(4)}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        for number in edit_folder.one_ahead(pool, lambda number: read[number].set() or number, read):
+        for number in ordered_map(pool, lambda number: read[number].set() or number, read, 2):
             if number < 3:
                 assert read[number + 1].wait(60)  # though nobody asked for it yet
             assert not any(read[later].is_set() for later in range(number + 2, 4))
         assert number == 3
-        assert list(edit_folder.one_ahead(pool, str, [])) == []
+        assert list(ordered_map(pool, str, [], 2)) == []
 
 
 @pytest.mark.gpu
@@ -771,6 +773,18 @@ def test_a_retrained_model_is_noticed(model, tmp_path):
     assert records.model_fingerprint("owner/name") == "owner/name"
 
 
+def test_what_lies_beside_a_models_parts_is_not_the_model(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    before = records.model_fingerprint(str(copy))
+    for file in ("evaluation/metrics.json", "checkpoint-4/state.json"):
+        (copy / file).parent.mkdir()
+        (copy / file).write_text("{}")
+    assert records.model_fingerprint(str(copy)) == before
+    (copy / "decoder_skips").mkdir()
+    (copy / "decoder_skips/config.json").write_text("{}")
+    assert records.model_fingerprint(str(copy)) != before
+
+
 def test_files_of_others_are_never_overwritten(edited, model, photos, tmp_path, capsys):
     out = shutil.copytree(edited, tmp_path / "out")
     arguments = [photos, "--output_dir", out, "--model_id", model, "--instruction", "Cartoonize the image"]
@@ -876,9 +890,6 @@ def test_instructions_files_and_contact_sheet(model, photos, tmp_path, monkeypat
 
 
 def test_output_names():
-    nameless = "\udce4.png"  # a byte that is no UTF-8, as file names may have
-    twice = [(Path("/a", nameless), nameless, "x"), (Path("/b", nameless), nameless, "x")]
-    assert len({edit.output for edit in edit_folder.plan_outputs(twice, ".png", 1, None)}) == 2
     def names(*wanted, suffix=".png"):
         edits = edit_folder.plan_outputs([(Path(image), relative, text) for image, relative, text in wanted], suffix)
         return [edit.output for edit in edits]
@@ -896,6 +907,8 @@ def test_output_names():
     assert several == ["derain-it/a.png", "entregna-la-imagen/a.png"]
     alike = names(("/p/a.jpg", "a.jpg", "Derain it!"), ("/p/a.jpg", "a.jpg", "derain it"))
     assert len(set(alike)) == 2
+    strange = "\udce4.png"  # a byte that is no UTF-8, as file names may have
+    assert len(set(names(("/p/" + strange, strange, "x"), ("/q/" + strange, strange, "x")))) == 2
 
 
 def test_find_inputs(photos, tmp_path, monkeypatch):

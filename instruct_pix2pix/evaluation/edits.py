@@ -256,7 +256,7 @@ def edit_by_pipeline(model: Model, row: Row, samples: list[Sample], args, autoen
         vae = weights_sha256(pipeline.vae)
         for how in settings.values():
             how |= {"vae": vae}
-        flags = {"model_id": model.name, "steps": args.num_inference_steps, "format": "png", "compile": False}
+        flags = {"model_id": model.name, "format": "png", "compile": False}
         flags = argparse.Namespace(**vars(args) | flags | {"resolution": 0, "negative_prompt": "", "tile": 0})
         _, left_out = edit_all(pipeline, flags, settings, missing, timed=True)
         if left_out:
@@ -306,7 +306,7 @@ def make_images(label: str, function: Callable, row: Row, multiple: int, max_pix
     settings, missing = row
     bar = tqdm(total=len(missing), desc=label, unit="image", delay=2, leave=False)
     for group in make_batches(missing, multiple, len(missing)):  # of one size once padded
-        size = int(max(1, min(args.batch_size, max_pixels // math.prod(missing[group[0]]))))
+        size = int(max(1, min(args.batch_size, max_pixels / math.prod(missing[group[0]]))))
         for batch in (group[start : start + size] for start in range(0, len(group), size)):
             images = [read_image(edit.image) for edit in batch]
             began = time.perf_counter()

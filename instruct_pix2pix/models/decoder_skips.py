@@ -12,7 +12,8 @@ from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import nn
 
-FOLDER = "decoder_skips"  # beside the pipeline's own parts, which load without it
+from instruct_pix2pix.models.trained import SKIPS_FOLDER as FOLDER
+
 FILES = (f"{FOLDER}/config.json", f"{FOLDER}/diffusion_pytorch_model.safetensors")
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 
+SKIPS_FOLDER = "decoder_skips"  # beside a pipeline's own parts, which load without it
 EMA_FILE, STATE_FILE = "ema.safetensors", "state.json"
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
 ADAPTER_FILE = "adapter.safetensors"  # instead of that, with --lora_rank: what is trained
