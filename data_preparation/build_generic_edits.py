@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     # fmt: off
     parser = Parser(__doc__)
     add = parser.add_argument_group("pairs").add_argument
-    add_photo_flags(add)
+    add_photo_flags(add, required=True)
     add("--rows", type=whole_number(1), default=12000, metavar="N", help="make so many pairs, in all splits")
     add("--tile", type=whole_number(16), default=64, metavar="PIXELS", help="side of the images")
     add("--keep_share", type=float, default=0.2, metavar="F", help="share of pairs whose two images are the same")
@@ -23,8 +23,6 @@ def main(argv: list[str] | None = None) -> None:
     # fmt: on
     args = parser.parse_args(argv)
     check_dataset_flags(args)
-    if not args.photos:
-        raise UserError("--photos: missing; give a folder of photos")
     if not 0 <= args.keep_share <= 1:
         raise UserError(f"--keep_share: {args.keep_share} is not a share; give one from 0 to 1")
     # OpenCV and numpy, which --help and a wrong flag need not wait for.

@@ -7,7 +7,7 @@ goes on when the same command is run again; the result is the same to the byte, 
 """
 
 from instruct_pix2pix.building.build import add_dataset_flags, add_photo_flags, check_dataset_flags
-from instruct_pix2pix.cli import Parser, UserError, run, whole_number
+from instruct_pix2pix.cli import Parser, run, whole_number
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument_group("pairs").add_argument
     add("--tasks", nargs="+", required=True, metavar="NAME_OR_CLUSTER",
         help="tint, color, tone, style, restoration, cover, compound, or a task's name")
-    add_photo_flags(add)
+    add_photo_flags(add, required=True)
     add("--rows", type=whole_number(1), default=4000, metavar="N", help="make so many pairs, in all splits")
     add("--tile", type=whole_number(16), default=64, metavar="PIXELS", help="side of the images")
     add("--wordings", type=whole_number(1), metavar="N", help="of each task's wordings the first N; left out, all")
@@ -24,8 +24,6 @@ def main(argv: list[str] | None = None) -> None:
     # fmt: on
     args = parser.parse_args(argv)
     check_dataset_flags(args)
-    if not args.photos:
-        raise UserError("--photos: missing; give a folder of photos")
     # OpenCV and numpy, which --help and a wrong flag need not wait for.
     from instruct_pix2pix.building.tasks import build_tasks
 

@@ -135,7 +135,6 @@ def measure(pipeline, rows: list[dict], settings: list[Setting], path: Path, arg
     """The scores of each setting, {setting: {key of TRADE_OFF: (N,), in the rows' order}}, a line of `path` for a row;
     what is there already is not made again. They are not a number where the model's output was not a picture."""
     import numpy as np
-    import torch
     from PIL import Image
     from tqdm.auto import tqdm
 

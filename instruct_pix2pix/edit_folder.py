@@ -182,7 +182,10 @@ def plan_outputs(
         names.append(Path(folder_name(instruction) if by_instruction else "", name))
 
     endings = [image.suffix[1:] for image, _, _ in wanted]
-    hashes = [hashlib.sha256(f"{image} {text}".encode("utf-8", "surrogateescape")).hexdigest()[:8] for image, _, text in wanted]
+    hashes = [
+        hashlib.sha256(f"{image} {text}".encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        for image, _, text in wanted
+    ]
     for distinctions in (endings, hashes):
         # Compared without case: a.png and A.png are one file on some systems.
         count = Counter([str(name).casefold() for name in names] + [CONTACT_SHEET])

@@ -96,8 +96,10 @@ def image_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
 
     try:
         with _opened(source) as image:
-            # The base class's getexif: the PNG reader's own would decode the whole image to look for a late chunk.
-            turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
+            turned = False
+            with contextlib.suppress(Exception):  # a broken EXIF block says nothing against the picture
+                # The base class's getexif: the PNG reader's own would decode the whole image to look for a late chunk.
+                turned = Image.Image.getexif(image).get(0x0112, 1) in (5, 6, 7, 8)
             return (image.height, image.width) if turned else image.size
     except Exception as error:
         raise _bad(error) from None
@@ -172,10 +174,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     import numpy as np
     from PIL import Image, ImageOps
 
-    try:
+    with contextlib.suppress(Exception):  # a broken EXIF block
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing against the picture
-        pass
     if image.mode == "RGB":
         return image.convert("RGB") if "transparency" not in image.info else _on_white(image)
     if image.mode.startswith("I") or image.mode == "F":

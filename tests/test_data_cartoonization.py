@@ -115,9 +115,11 @@ def test_instruction_depends_on_image_and_seed_alone(tmp_path, whole, many_photo
     assert len({prompt for prompt, _ in prompts.values()}) > 30  # drawn, not one for all
 
 
-def test_held_out_wordings_are_for_the_test_split(whole):
+def test_held_out_wordings_are_for_the_test_split(whole, tmp_path):
     from instruct_pix2pix.building.plan import read_instructions
 
+    (tmp_path / "windows.txt").write_text("held-out: a\r\n# b\r\nc  d\r\n", encoding="utf-8-sig")
+    assert read_instructions(tmp_path / "windows.txt") == (["c d"], ["a"])
     training, held_out = read_instructions(ROOT / "data_preparation/instructions/cartoonize.txt")
     assert len(training) >= 50 and len(held_out) >= 5 and not set(training) & set(held_out)
     for split in ("train", "validation", "test"):
@@ -214,6 +216,11 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, many_photos, wh
     (tmp_path / "mine/README.md").write_text("my notes")
     message = run(SCRIPT, *OPENCV, "--photos", many_photos, "--output_dir", tmp_path / "mine", fails=2)
     assert "holds something else" in message and (tmp_path / "mine/README.md").read_text() == "my notes"
+    (tmp_path / "run").mkdir()
+    for name in ("skipped.jsonl", "training_log.jsonl"):  # a training's folder
+        (tmp_path / "run" / name).write_text("{}\n")
+    message = run(SCRIPT, *OPENCV, "--photos", many_photos, "--output_dir", tmp_path / "run", fails=2)
+    assert "holds something else" in message and (tmp_path / "run/skipped.jsonl").read_text() == "{}\n"
 
 
 def test_full_disk_leaves_what_is_finished(tmp_path, many_photos, whole):
@@ -266,6 +273,7 @@ def test_images_of_every_kind(tmp_path):
     header[29:33] = struct.pack(">I", zlib.crc32(bytes(header[12:29])))
     (folder / "bomb.png").write_bytes(header)
     (folder / "notes.txt").write_text("ignored")
+    photo.rotate(180).save(folder / "exif.png", exif=b"Exif\0\0of no kind")
 
     run(SCRIPT, *OPENCV, "--photos", folder, "--output_dir", tmp_path / "dataset", "--test_fraction", 0,
         "--validation_fraction", 0)  # fmt: skip
@@ -302,6 +310,20 @@ def test_a_photo_in_two_splits_goes_to_the_held_out_one(tmp_path):
     (photos / "val/copy.png").write_bytes((photos / "train/photo0001.png").read_bytes())
     run(SCRIPT, *OPENCV, "--photos", photos, "--output_dir", tmp_path / "dataset")
     assert [row["split"] for row in plan_of(tmp_path / "dataset")] == ["train"] * 3 + ["validation"]
+
+
+def test_rows_of_a_dataset_without_an_image_are_left_out(tmp_path):
+    import datasets
+
+    cells = [{"bytes": PHOTOS[0].read_bytes(), "path": None}, None, {"bytes": None, "path": None}]
+    (tmp_path / "photos").mkdir()
+    features = datasets.Features({"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}})
+    rows = datasets.Dataset.from_dict({"image": cells}, features=features)
+    rows.to_parquet(tmp_path / "photos/train.parquet")
+    out = run(SCRIPT, *OPENCV, "--dataset", tmp_path / "photos", "--output_dir", tmp_path / "dataset",
+              "--test_fraction", 0, "--validation_fraction", 0)  # fmt: skip
+    assert "1 rows (1 train)" in out
+    assert set(skipped_of(tmp_path / "dataset").values()) == {"no image"}
 
 
 def test_imagenette_as_unpacked_and_a_single_split(tmp_path):
@@ -344,7 +366,7 @@ def test_a_dataset_as_the_source(tmp_path, whole):
         (["--photos", "nowhere", "--max_short_side", "4"], ["--max_short_side: 4"]),
         (["--photos", "nowhere", "--test_fraction", "0.99"], ["--validation_fraction", "0.99"]),
         (["--photos", "nowhere", "--instructions", "empty.txt"], ["empty.txt: no instruction"]),
-        (["--photos", "nowhere", "--instructions", "gone.txt"], ["gone.txt: cannot be read"]),
+        (["--photos", "nowhere", "--instructions", "gone.txt"], ["--instructions: gone.txt cannot be read"]),
         (["--photos", "nowhere", "--cartoonizer", "none"], ["--cartoonizer", "whitebox"]),
         (["--photos", "bad"], ["no image can be used", "bad.png"]),
     ],

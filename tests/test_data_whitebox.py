@@ -265,6 +265,8 @@ def test_weights_from_npz_and_safetensors(tmp_path, weights):
 
     np.savez(tmp_path / "weights.npz", **weights)
     save_file(weights, tmp_path / "weights.safetensors")
+    save_file(weights | {"of_its_training": np.zeros(2, np.float32)}, tmp_path / "more.safetensors")
+    assert same(read_weights(str(tmp_path / "more.safetensors")), weights)
     half = {name: array.astype(np.float16) for name, array in weights.items()}
     np.savez(tmp_path / "half.npz", **half)
     assert same(read_weights(str(tmp_path / "weights.npz")), weights)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from instruct_pix2pix.data.geometry import align_original, alignment, crop_pair, whitebox_size
-from instruct_pix2pix.images import to_rgb
+from instruct_pix2pix.images import image_size, read_image, to_rgb
 
 
 def coordinates(width: int, height: int) -> Image.Image:
@@ -105,5 +105,7 @@ def test_transparency_goes_on_white_and_exif_rotation_is_applied(photos, tmp_pat
     assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
     exif = Image.Exif()
     exif[0x0112] = 6
+    photos[0].save(tmp_path / "broken.png", exif=b"Exif\0\0of no kind")
+    assert image_size(tmp_path / "broken.png") == read_image(tmp_path / "broken.png").size == photos[0].size
     photos[0].save(tmp_path / "turned.jpg", exif=exif)
     assert to_rgb(Image.open(tmp_path / "turned.jpg")).size == photos[0].size[::-1]

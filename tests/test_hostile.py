@@ -539,6 +539,13 @@ def test_text_code_and_blocks_of_a_card(text):
         assert seen["fence"][0].split() == text.split()
 
 
+def test_a_card_names_storage_as_it_is_and_of_paths_here_the_last_part():
+    from instruct_pix2pix.building.build import shown as published
+
+    assert published("--output_dir=s3://bucket/data/x") == "--output_dir=s3://bucket/data/x"
+    assert published("derain=/data/rain:/data/clean") == "derain=rain:clean"
+
+
 def test_a_dataset_card_shows_the_licence_and_the_command_as_typed(tmp_path, monkeypatch):
     from data_preparation import build_generic_edits
 

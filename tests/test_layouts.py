@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from instruct_pix2pix.cli import UserError
+from instruct_pix2pix.data.archives import unpack
 from instruct_pix2pix.data.rows import find_rows
 from instruct_pix2pix.data.sources import Source
 from instruct_pix2pix.data.triples import load_triples, open_pair
@@ -231,6 +232,15 @@ def test_prompts_by_file_name_for_each_split(tmp_path):
     assert read(tmp_path, split="test") == [(2, ["test 2"])]
 
 
+@pytest.mark.parametrize(
+    "name, content", [("metadata.jsonl", ""), ("metadata.json", "[]"), ("edits.csv", "file_name,edit_prompt\n")]
+)
+def test_a_table_of_no_rows_beside_two_folders(name, content, tmp_path):
+    save_sides(tmp_path / "original", tmp_path / "edited")
+    (tmp_path / name).write_text(content)
+    assert "file_name" in refusal(tmp_path)
+
+
 def test_metadata_that_names_both_images_beside_such_folders(tmp_path):
     save_sides(tmp_path / "original", tmp_path / "edited")
     rows = [
@@ -400,7 +410,7 @@ def archive(path: Path, files: dict[str, bytes]) -> Path:
             for name, content in files.items():
                 file.writestr(name, content)
     else:
-        with tarfile.open(path, "w:gz" if path.name.endswith("gz") else "w") as file:
+        with tarfile.open(path, "w:" + path.suffix[1:].replace("tar", "")) as file:
             for name, content in files.items():
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
@@ -473,6 +483,25 @@ def test_links_in_archives_and_archives_cut_short(tmp_path):
         whole = archive(tmp_path / name, files_of_rows())
         whole.write_bytes(whole.read_bytes()[:-900])
         assert f"{name} is damaged" in refusal(whole, **cache)
+
+
+@pytest.mark.parametrize("ending", ["zip", "tar.gz", "tar.bz2", "tar.xz"])
+def test_archives_with_a_byte_that_is_not_as_it_was(ending, tmp_path):
+    """Whichever byte it is: the archive is refused, or what it holds is whole all the same."""
+    content = archive(tmp_path / f"a.{ending}", files_of_rows()).read_bytes()
+    refused = 0
+    for number, place in enumerate(np.linspace(20, len(content) - 1, 25).astype(int)):
+        damaged = tmp_path / f"{number}.{ending}"
+        damaged.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+        try:
+            folder = unpack([damaged], tmp_path / "cache", "--dataset_name")
+        except UserError as error:
+            refused += 1
+            assert f"{damaged.name} is damaged" in str(error)
+        else:
+            found = {p.relative_to(folder / str(number)).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
+            assert found.items() <= files_of_rows().items(), place
+    assert refused > 15
 
 
 # ---- addresses

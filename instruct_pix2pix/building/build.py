@@ -55,9 +55,9 @@ SHARD_PIXELS = 96_000_000  # an input and a target of so many pixels take about 
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 
-def add_photo_flags(add) -> None:
+def add_photo_flags(add, required: bool = False) -> None:
     # fmt: off
-    add("--photos", type=Path, metavar="DIR",
+    add("--photos", type=Path, required=required, metavar="DIR",
         help="folder of photos, nested in any way; children train, val or validation, test are its splits")
     add("--photos_license", metavar="TEXT", help="licence of the photos, for the dataset card; left out, it is unknown")
     # fmt: on
@@ -182,8 +182,9 @@ def get_plan(output_dir: Path | str, settings: dict, make_plan) -> list[Row]:
     path = f"{output_dir}/plan.jsonl"
     system, folder = file_system(output_dir)
     if not system.exists(f"{folder}/plan.jsonl"):
-        others = [f"{folder}/{name}" for name in ("README.md", "preview.png")]
-        if any(map(system.exists, others)) or system.glob(f"{folder}/data/*"):
+        names = [path.rpartition("/")[2] for path in system.glob(f"{folder}/*")]
+        ours = ("data", "skipped.jsonl")  # of a build that was killed before there was a plan
+        if any(name not in ours and name[0] != "." for name in names) or system.glob(f"{folder}/data/*"):
             raise UserError(f"--output_dir: {output_dir} holds something else; choose a new folder")
         if is_remote(output_dir):  # a storage that takes nothing is noticed before the images are looked at
             write_json_lines(f"{output_dir}/skipped.jsonl", [])
@@ -312,7 +313,8 @@ def preview(output_dir: Path | str, shards: dict[str, list[Row]], columns: dict)
 
 def shown(argument: str) -> str:
     """An argument of the command line as it is published; TASK=DEGRADED_DIR:CLEAN_DIR holds two paths."""
-    return ":".join(map(for_others, argument.split(":"))) if "=" in argument else for_others(argument)
+    of_two = "=" in argument and not is_remote(argument)
+    return ":".join(map(for_others, argument.split(":"))) if of_two else for_others(argument)
 
 
 def card(work: Work, about: dict, rows: list[Row], skipped: list[dict], checksums: dict[str, str]) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from instruct_pix2pix.cli import UserError, first_line, warn
 from instruct_pix2pix.data.pairing import SPLIT_NAMES, split_in_name
-from instruct_pix2pix.images import describe_others, encode_image, find_images, read_image
+from instruct_pix2pix.images import BadImage, describe_others, encode_image, find_images, read_image
 
 UNKNOWN_LICENCE = "unknown, see where they come from"
 
@@ -107,11 +107,12 @@ def find_dataset_images(name: str, config: str | None, revision: str | None, col
     by_split: dict[str, list[str]] = {}
     for file in files:
         by_split.setdefault(split_in_name(file) or "train", []).append(str(root / file))
+    tables = None
     try:
         tables = load_dataset("parquet", data_files=by_split)
         tables = tables.select_columns([column]).cast_column(column, Image(decode=False))
     except Exception as error:  # datasets raises many kinds for files it cannot read or cast
-        columns = next(iter(tables.column_names.values())) if "tables" in locals() else ()
+        columns = next(iter(tables.column_names.values())) if tables else ()
         if columns and column not in columns:
             raise UserError(f"--image_column: {name} has no {column} but {', '.join(columns)}") from None
         raise UserError(f"--dataset: {name}: cannot be read: {first_line(error)}; give another dataset") from None
@@ -119,6 +120,8 @@ def find_dataset_images(name: str, config: str | None, revision: str | None, col
     def read(key: str) -> bytes:
         split, row = key.split("/")
         cell = tables[split][int(row)][column]
+        if not cell or (cell["bytes"] is None and not cell["path"]):
+            raise BadImage("no image")
         return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
 
     names = [f"{split}/{row}" for split, table in tables.items() for row in range(len(table))]
@@ -174,5 +177,8 @@ def is_plain(data: bytes) -> bool:
     from PIL import Image
 
     image = Image.open(io.BytesIO(data))
-    upright = image.getexif().get(0x0112, 1) == 1
+    try:
+        upright = image.getexif().get(0x0112, 1) == 1
+    except Exception:  # a broken EXIF block, which others may take ill
+        return False
     return image.format == "PNG" and image.mode == "RGB" and upright and "transparency" not in image.info

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from instruct_pix2pix.building.photos import Photos, decode_image, image_hash, ordered_map
 from instruct_pix2pix.cli import RowError, UserError
+from instruct_pix2pix.data.sources import read_lines
 from instruct_pix2pix.files import unit_hash
 from instruct_pix2pix.images import BadImage
 
@@ -139,11 +140,8 @@ def read_instructions(path: Path) -> tuple[list[str], list[str]]:
     kept for the test split. Returns (wordings for training, wordings for testing); the second falls back to
     the first.
     """
-    try:
-        lines = [" ".join(line.split()) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); give a UTF-8 text file, one sentence a line") from None
-    lines = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    lines = (" ".join(line.split()) for line in read_lines(Path(path), "--instructions"))
+    lines = list(dict.fromkeys(line for line in lines if not line.startswith("#")))
     held_out = [line.removeprefix("held-out:").strip() for line in lines if line.startswith("held-out:")]
     training = [line for line in lines if not line.startswith("held-out:")]
     if not training:

@@ -61,7 +61,7 @@ def read_weights(source: str, flag: str = "--cartoonizer_weights") -> dict[str, 
                 f"{flag}: {source}: not a file of weights; give .npz, .safetensors, .tflite, the folder of a "
                 "TensorFlow SavedModel or a repository on the Hub"
             )
-        arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+        arrays = {name: arrays[name].astype(np.float32) for name in SHAPES if name in arrays}
         check(arrays)
     except UserError:
         raise

@@ -66,10 +66,12 @@ def _unpack_one(path: Path, folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with open_file() as source, open(target, "xb") as file:
                 shutil.copyfileobj(source, file)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"is damaged or encrypted ({first_line(error)}); download it again") from None
     except FileExistsError as error:
         raise UserError(f"holds {Path(error.filename).name} twice") from None
+    except Exception as error:  # the readers raise almost anything on damaged bytes
+        if isinstance(error, UserError) or getattr(error, "errno", None):  # such as a full disk
+            raise
+        raise UserError(f"is damaged or encrypted ({first_line(error)}); download it again") from None
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
@@ -85,3 +87,5 @@ def _members(path: Path) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
             for member in archive:
                 if member.isreg():
                     yield member.name, member.size, lambda member=member: archive.extractfile(member)
+            while archive.fileobj.read(1 << 20):  # the checksum stands at the end
+                pass

@@ -284,7 +284,7 @@ def _prepare_folder(folder: Path, content: dict, files: dict[Path, dict]) -> lis
     if folder.is_dir() and any(folder.iterdir()):
         if _read_manifest(folder) != content:
             return UserError(f"--cache_latents: {folder} is not the cache its name says; move or delete it")
-    missing = [path for path in files if not _is_whole(path, **files[path])]
+    missing = [path for path in files if not _is_whole(path, files[path]["shapes"])]
     if not missing:
         logger.info("latents and text come from %s", folder)
         return missing
@@ -318,7 +318,7 @@ def _read_manifest(folder: Path) -> dict | None:
         return None
 
 
-def _is_whole(path: Path, rows: range, shapes: dict[str, tuple], dtype: torch.dtype) -> bool:
+def _is_whole(path: Path, shapes: dict[str, tuple]) -> bool:
     """Whether a file is there with all its bytes and holds tensors of the right shapes."""
     try:
         with safe_open(path, "pt") as file:  # compares the header with the file's length

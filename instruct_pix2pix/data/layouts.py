@@ -404,7 +404,7 @@ def _caption(path: Path, source: Source) -> list[str] | None:
 def _match(pairs: list[tuple[str, str]], sides, records: list[dict], source: Source, table: str) -> tuple[list, int]:
     """The instructions that rows with a file name give each pair, where several rows for one pair are several wordings;
     and how many rows name none of them."""
-    text, file = _text_keys(records[0], source)
+    text, file = _text_keys(next(iter(records), {}), source)
     wanted = source.edit_prompt_column or "edit_prompt"
     if text is None or file is None or not all(isinstance(record.get(file), str) for record in records):
         raise UserError(f"{source}: {table} needs file_name and {wanted} in every row, or both images' columns")

@@ -112,9 +112,9 @@ class Triples:
             raise self.row_error(index, self.edit_prompt, "the instruction is empty")
         return wordings
 
-    def distinct_instructions(self, most: int = ROWS_CHECKED) -> list[str]:
-        """The instructions of at most `most` rows, evenly chosen, each once."""
-        return list(dict.fromkeys(self._texts_of(self.some(most))))
+    def distinct_instructions(self) -> list[str]:
+        """The instructions of at most ROWS_CHECKED rows, evenly chosen, each once."""
+        return list(dict.fromkeys(self._texts_of(self.some(ROWS_CHECKED))))
 
     def some(self, most: int) -> np.ndarray:
         """At most so many rows, evenly chosen; of a stream those of the first row group, which takes a fetch each."""
