@@ -66,7 +66,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--resolution", type=whole_number(0), default=0, help="A longer short side is scaled down to this; 0: none is.")
     edit = parser.add_argument_group("editing")
     add = edit.add_argument
-    add("--num_inference_steps", type=whole_number(1), default=20, help="Denoising steps.")
+    add("--num_inference_steps", type=whole_number(1), default=editing.USUAL.steps, help="Denoising steps.")
     editing.add_guidance_flags(edit)
     add(
         "--recommended_settings",

@@ -35,10 +35,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # The published models' settings: blog post and README of instruction-tuned Stable Diffusion.
-NUM_INFERENCE_STEPS = 20
-IMAGE_GUIDANCE_SCALE = 1.5
-GUIDANCE_SCALE = 7.0
-USUAL = Setting(NUM_INFERENCE_STEPS, IMAGE_GUIDANCE_SCALE, GUIDANCE_SCALE)
+USUAL = Setting(steps=20, image_guidance_scale=1.5, guidance_scale=7.0)
 MOST_SHOWN = 100  # characters of a text, in a message
 OVERLAP = 0.25  # of a window's side with the next, at least; the autoencoder's tiles overlap by as much
 ImageSource = "Image.Image | str | os.PathLike | bytes"  # a picture, its path or http(s) address, or its file's bytes
@@ -56,7 +53,10 @@ class Stated(argparse.Action):
 
 
 def add_guidance_flags(
-    parser, guidance_scale: float = GUIDANCE_SCALE, image_guidance_scale: float = IMAGE_GUIDANCE_SCALE, action=None
+    parser,
+    guidance_scale: float = USUAL.guidance_scale,
+    image_guidance_scale: float = USUAL.image_guidance_scale,
+    action=None,
 ) -> None:
     """Add --image_guidance_scale and --guidance_scale to a parser or a group of one, with these defaults."""
     parser.add_argument(
@@ -95,7 +95,7 @@ def add_sampling_flags(parser: Parser, model_id: str | None = None, **guidance_s
         "sampling", f"Steps, scheduler and scales that are left out are those of the model's {SETTINGS_FILE}, if any."
     )
     parser.set_defaults(stated=set())
-    steps = {"type": whole_number(1), "default": NUM_INFERENCE_STEPS}
+    steps = {"type": whole_number(1), "default": USUAL.steps}
     sampling.add_argument("--steps", action=Stated, **steps, help="denoising steps")
     names = f"own (the pipeline's, the default), {', '.join(SCHEDULERS)}"
     sampling.add_argument("--scheduler", action=Stated, type=scheduler_name, metavar="NAME", help=f"sampler: {names}")

@@ -33,7 +33,7 @@ case $TASK in
 esac
 # Threads that wait for each other sleep instead of spinning: on a machine that does other things too, that is several
 # times faster.
-THREADS=$(python -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+CORES=$(python -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 echo "1/3  Building the dataset"
@@ -66,7 +66,7 @@ train() {  # THREADS, further flags
 }
 # Muon's products of small matrices take two threads twice as long as one; the skips are faster on all.
 train 1 "$@"
-train "$THREADS" --train_decoder_skips="$DECODER_SKIPS" "$@"
+train "${THREADS:-$CORES}" --train_decoder_skips="$DECODER_SKIPS" "$@"
 
 echo "3/3  Editing held-out photographs"
 # How many steps suit each task?

@@ -341,7 +341,7 @@ def test_the_workflow_guides_as_the_pipeline_does(workflow, base, monkeypatch):
     """Its three conditionings are the pipeline's three branches, and both scales weigh what they weigh there."""
     meanings, (cfg_conds, cfg_cond2_negative, style) = guider_of(workflow)
     assert style == "regular"
-    assert (cfg_conds, cfg_cond2_negative) == (editing.GUIDANCE_SCALE, editing.IMAGE_GUIDANCE_SCALE)
+    assert (cfg_conds, cfg_cond2_negative) == (editing.USUAL.guidance_scale, editing.USUAL.image_guidance_scale)
     instruction = meanings["cond1"][0]
     assert instruction
 

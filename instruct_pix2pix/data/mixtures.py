@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 class Mixture(Triples):
     """Triples of several datasets, whose rows and places are counted through: those of the first, of the second, ...
-    What belongs to a row is asked of the dataset that it is of, see `part_of`."""
+    What belongs to a row is asked of the dataset that it is of, see `part_of`: a mixture has no table, files or
+    wordings of its own."""
 
     def __init__(self, source: str, parts: list[Triples], entries: list[argparse.Namespace]):
         self.source, self.parts, self.entries = source, parts, entries

@@ -133,7 +133,7 @@ def variant_of(config, part: str) -> str | None:
         return config.variant
     name, flag = config.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
     local = os.path.isdir(name)
-    files = sorted(os.listdir(Path(name) / part)) if local else _hub_files(name, part, *where(config, part).values())
+    files = sorted(os.listdir(Path(name) / part)) if local else _hub_files(name, part, **where(config, part))
     found = {file: match["variant"] or match["old"] for file in files if (match := WEIGHTS.fullmatch(file))}
     if not found and local:
         raise UserError(f"{flag}: {name}/{part} holds no weights (.safetensors)")

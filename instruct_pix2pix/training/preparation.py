@@ -45,7 +45,7 @@ class Plan:
 
     config: Config
     accelerator: Accelerator
-    configs: dict  # the base model's configurations: unet, vae, scheduler
+    configs: dict  # the base model's configurations: unet, vae, text_encoder, scheduler
     prediction_type: str  # epsilon or v_prediction
     latent_side: int
     triples: Triples

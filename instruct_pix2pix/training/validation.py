@@ -74,6 +74,7 @@ def load_held_out(config, sources: list[Source]) -> Triples | None:
     else:
         (source,) = sources
     held_out = replace(source, flag=flag, split=split, cache_dir=config.cache_dir, token=config.hub_token)
+    held_out = replace(held_out, stream_cache=config.stream_cache_gb * 1e9)
     if other:
         held_out = replace(held_out, name=other, edited_dir=None, config_name=None, streaming="://" in other)
     return load_triples(held_out, ANY_RUN, config.max_validation_samples, False, config.image_geometry)
