@@ -163,12 +163,18 @@ def test_two_runs_end_to_end_and_the_second_call_goes_on(tmp_path, capfd, monkey
         flan.main([*flags, "--updates", "3"])
 
 
-def test_the_table_has_the_means_of_all_runs_fewest_tasks_first(tmp_path):
-    def line(num_tasks: int, wordings: int, gains: list[float]) -> dict:
-        measured = dict.fromkeys(flan.KINDS, {"gain": gains, "cost": [1.0, 1.0]})
-        return {"held_out": "tint", "num_tasks": num_tasks, "wordings": wordings, "measured": measured}
+def test_the_tables_have_the_means_of_all_runs_fewest_tasks_first(tmp_path):
+    def line(num_tasks: int, wordings: int, gains: list[float], seed: int = 0) -> dict:
+        measured = dict.fromkeys(flan.KINDS, {"gain": gains, "cost": [1.0] * len(gains)})
+        return dict(zip(flan.RUN, (seed, "tint", num_tasks, wordings), strict=True)) | {"measured": measured}
 
-    lines = [line(0, 1, [5.0, 7.0]), line(12, 5, [-2.0, -2.0]), line(0, 1, [6.0, 6.0])]
+    lines = [line(0, 1, [5.0, 7.0]), line(12, 5, [-2.0, -2.0]), line(0, 1, [6.0, 6.0]), line(0, 1, [0.0] * 8, seed=1)]
     rows = [row for row in flan.report(lines, tmp_path).splitlines() if row.startswith(("| 12", "| all"))]
-    assert [row[:24] for row in rows[:2]] == ["| 12 | 5 | -2.00 [-2.00,", "| all | 1 | +6.00 [+5.25"]
-    assert rows[3].startswith("| all | 1 | +1.00 [+1.00, +1.00]")
+    assert [row[:28] for row in rows[:2]] == ["| 12 | 5 | 0 | -2.00 [-2.00,", "| all | 1 | 0 | +6.00 [+5.25"]
+    assert rows[4].startswith("| all | 1 | 0 | +1.00 [+1.00, +1.00]") and rows[2].startswith("| all | 1 | 1 | +0.00")
+    # Of each run's edits, the cluster's tasks in turn: the first and the seventh are of the first of six.
+    told = dict(row.split(" | ")[1:3] for row in (tmp_path / "table.md").read_text().splitlines() if "| tint |" in row)
+    assert (
+        told["warm"].startswith("+2.75 ") and told["cool"].startswith("+3.25 ") and told["yellow"].startswith("+0.00")
+    )
+    assert told["all of these"].startswith("+2.00 ") and "| color | gray |  |  |" in (tmp_path / "table.md").read_text()

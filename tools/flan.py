@@ -122,17 +122,32 @@ def report(lines: list[dict], folder: Path) -> str:
 
     from instruct_pix2pix.evaluation.summary import cell, interval
 
-    def mean(runs: list[dict], kind: str, name: str = "gain") -> dict | None:
-        return interval(np.array([value for line in runs for value in line["measured"][kind][name]], float))
+    def mean(runs: list[dict], kind: str, name: str = "gain", places: slice = slice(None)) -> dict | None:
+        return interval(np.array([value for line in runs for value in line["measured"][kind][name][places]], float))
 
-    groups = {}
-    for line in sorted(lines, key=lambda line: (line["num_tasks"] or math.inf, line["wordings"])):
-        groups.setdefault((str(line["num_tasks"] or "all"), str(line["wordings"])), []).append(line)
-    text = f"{len(lines)} runs: means over the images of all of them, with 95% intervals.\n"
+    def row(*values: str) -> str:
+        return f"| {' | '.join(values)} |\n"
+
+    lines = sorted(lines, key=lambda line: (line["num_tasks"] or math.inf, line["wordings"], line["seed"]))
+    groups, by_seed = {}, {}
+    for line in lines:
+        label = str(line["num_tasks"] or "all"), str(line["wordings"])
+        groups.setdefault(label, []).append(line)
+        by_seed.setdefault((*label, str(line["seed"])), []).append(line)
+    text = f"{len(lines)} runs: means over the images, with 95% intervals.\n"
     for name, title in MEASURES.items():
-        text += f"\n{title}:\n\n| tasks | wordings | {' | '.join(KINDS)} |\n|---:|---:|{'---|' * len(KINDS)}\n"
-        for label, runs in groups.items():
-            text += f"| {' | '.join((*label, *(cell(mean(runs, kind, name), 2, '+') for kind in KINDS)))} |\n"
+        text += f"\n{title}:\n\n{row('tasks', 'wordings', 'seed', *KINDS)}|---:|---:|---:|{'---|' * len(KINDS)}\n"
+        for label, runs in by_seed.items():
+            text += row(*label, *(cell(mean(runs, kind, name), 2, "+") for kind in KINDS))
+    (tasks, wordings), runs = list(groups.items())[-1]
+    text += f"\nBy what was left out, {tasks} tasks, {wordings} wordings, all seeds:\n\n"
+    text += row("left out", "edits", *MEASURES.values()) + "|---|---|---|---|\n"
+    for cluster, members in CLUSTERS.items():
+        without = [line for line in runs if line["held_out"] == cluster]
+        shown = {task: (HELD_OUT, slice(place, None, len(members))) for place, task in enumerate(members)}
+        shown |= {"all of these": (HELD_OUT, slice(None)), "compounds of others": (COMPOUND, slice(None))}
+        for edits, (kind, places) in shown.items():
+            text += row(cluster, edits, *(cell(mean(without, kind, name, places), 2, "+") for name in MEASURES))
     write_text(folder / "table.md", text)
     figure = Figure((14, 4), layout="constrained")
     counts, amounts = (list(dict.fromkeys(each)) for each in zip(*groups, strict=True))
