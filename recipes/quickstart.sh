@@ -66,6 +66,7 @@ train() {  # THREADS, further flags
 }
 # Muon's products of small matrices take two threads twice as long as one; the skips are faster on all.
 train 1 "$@"
+echo "     then decoder skips ($DECODER_SKIPS updates)"
 train "${THREADS:-$CORES}" --train_decoder_skips="$DECODER_SKIPS" "$@"
 
 echo "3/3  Editing held-out photographs"
