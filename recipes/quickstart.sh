@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way in a quarter of an hour, without a GPU, an account or a download: build a small dataset from the
+# The whole way in ten minutes, without a GPU, an account or a download: build a small dataset from the
 # photographs in assets/, fine-tune the tiny InstructPix2Pix in assets/ on it, edit held-out photographs, measure.
 #
 #     make quickstart                                      # cartoonization
