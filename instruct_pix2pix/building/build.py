@@ -182,9 +182,9 @@ def get_plan(output_dir: Path | str, settings: dict, make_plan) -> list[Row]:
     path = f"{output_dir}/plan.jsonl"
     system, folder = file_system(output_dir)
     if not system.exists(f"{folder}/plan.jsonl"):
-        names = [path.rpartition("/")[2] for path in system.glob(f"{folder}/*")]
+        names = [path.rstrip("/").rpartition("/")[2] for path in system.glob(f"{folder}/*")]
         ours = ("data", "skipped.jsonl")  # of a build that was killed before there was a plan
-        if any(name not in ours and name[0] != "." for name in names) or system.glob(f"{folder}/data/*"):
+        if any(name not in ours and not name.startswith(".") for name in names) or system.glob(f"{folder}/data/*"):
             raise UserError(f"--output_dir: {output_dir} holds something else; choose a new folder")
         if is_remote(output_dir):  # a storage that takes nothing is noticed before the images are looked at
             write_json_lines(f"{output_dir}/skipped.jsonl", [])

@@ -157,7 +157,8 @@ class Log:
     def seconds(self) -> float:
         """What the updates took, those before a resume too, without checkpoints and validation."""
         entries = read_json_lines(Path(self.run.config.output_dir) / LOG_FILE)
-        return sum(self.run.images_per_update / entry["images_per_second"] for entry in entries)
+        rates = [entry["images_per_second"] for entry in entries]  # which older logs round, down to 0 too
+        return sum(self.run.images_per_update / rate for rate in rates if rate > 0)
 
     def is_finite(self) -> bool:
         """Whether the last update seen was a sound one, and its weights worth keeping."""
