@@ -171,7 +171,8 @@ def test_the_tables_have_the_means_of_all_runs_fewest_tasks_first(tmp_path):
     lines = [line(0, 1, [5.0, 7.0]), line(12, 5, [-2.0, -2.0]), line(0, 1, [6.0, 6.0]), line(0, 1, [0.0] * 8, seed=1)]
     rows = [row for row in flan.report(lines, tmp_path).splitlines() if row.startswith(("| 12", "| all"))]
     assert [row[:28] for row in rows[:2]] == ["| 12 | 5 | 0 | -2.00 [-2.00,", "| all | 1 | 0 | +6.00 [+5.25"]
-    assert rows[4].startswith("| all | 1 | 0 | +1.00 [+1.00, +1.00]") and rows[2].startswith("| all | 1 | 1 | +0.00")
+    assert rows[2].startswith("| all | 1 | 1 | +0.00") and rows[3].startswith("| all | 1 | all | +2.00")
+    assert rows[5].startswith("| all | 1 | 0 | +1.00 [+1.00, +1.00]")
     # Of each run's edits, the cluster's tasks in turn: the first and the seventh are of the first of six.
     told = dict(row.split(" | ")[1:3] for row in (tmp_path / "table.md").read_text().splitlines() if "| tint |" in row)
     assert (

@@ -134,6 +134,7 @@ def report(lines: list[dict], folder: Path) -> str:
         label = str(line["num_tasks"] or "all"), str(line["wordings"])
         groups.setdefault(label, []).append(line)
         by_seed.setdefault((*label, str(line["seed"])), []).append(line)
+    by_seed |= {(*label, "all"): runs for label, runs in groups.items() if runs[0]["seed"] != runs[-1]["seed"]}
     text = f"{len(lines)} runs: means over the images, with 95% intervals.\n"
     for name, title in MEASURES.items():
         text += f"\n{title}:\n\n{row('tasks', 'wordings', 'seed', *KINDS)}|---:|---:|---:|{'---|' * len(KINDS)}\n"
