@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from instruct_pix2pix import editing
-from instruct_pix2pix.building.photos import ordered_map
 from instruct_pix2pix.cli import MemoryShortage, RowError, UserError, first_line, warn
 from instruct_pix2pix.data.sources import source_of
 from instruct_pix2pix.devices import is_out_of_memory
@@ -35,6 +34,7 @@ from instruct_pix2pix.images import (
     find_images,
     image_size,
     is_junk,
+    ordered_map,
     read_image,
     suffixes,
 )

@@ -12,7 +12,9 @@ import io
 import os
 import time
 import urllib.request
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -167,6 +169,21 @@ class _WebOnly(urllib.request.HTTPRedirectHandler):
         if not is_url(address):
             raise BadImage(f"leads to {address[:80]}, which is not a web address")
         return super().redirect_request(request, response, code, message, headers, address)
+
+
+def ordered_map(pool: Executor, function: Callable, items: Iterable, ahead: int = 32) -> Iterator:
+    """`pool.map`, but at most `ahead` items are taken before their turn, and what nobody waits for is not begun."""
+    waiting: deque = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

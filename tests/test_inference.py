@@ -581,7 +581,7 @@ def test_a_mistake_of_the_model_is_not_the_compilers(model, photos, tmp_path, mo
 
 
 def test_one_batch_is_read_ahead():
-    from instruct_pix2pix.building.photos import ordered_map
+    from instruct_pix2pix.images import ordered_map
 
     read = {number: threading.Event() for number in range(4)}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -116,26 +116,39 @@ def make_run(seed: int, held_out: str, num_tasks: int, wordings: int, photos: li
     return about | {"measured": measured}
 
 
+def mean(runs: list[dict], kind: str, name: str = "gain", places: slice = slice(None)) -> dict | None:
+    """Of these edits of each run, as evaluation.summary.interval has it."""
+    from instruct_pix2pix.evaluation.summary import interval
+
+    return interval(np.array([value for line in runs for value in line["measured"][kind][name][places]], float))
+
+
 def report(lines: list[dict], folder: Path) -> str:
     """Write table.md and plot.png of all runs -> the table."""
-    from matplotlib.figure import Figure
+    lines = sorted(lines, key=lambda line: (line["num_tasks"] or math.inf, line["wordings"], line["seed"]))
+    groups = {}
+    for line in lines:
+        groups.setdefault((str(line["num_tasks"] or "all"), str(line["wordings"])), []).append(line)
+    text = f"{len(lines)} runs: means over the images, with 95% intervals.\n" + tables(groups)
+    write_text(folder / "table.md", text)
+    with written_whole(folder / "plot.png") as temporary:
+        draw(groups, temporary)
+    return text
 
-    from instruct_pix2pix.evaluation.summary import cell, interval
 
-    def mean(runs: list[dict], kind: str, name: str = "gain", places: slice = slice(None)) -> dict | None:
-        return interval(np.array([value for line in runs for value in line["measured"][kind][name][places]], float))
+def tables(groups: dict[tuple[str, str], list[dict]]) -> str:
+    """Each measure by tasks, wordings and seed; then the last group's by what was left out, task by task."""
+    from instruct_pix2pix.evaluation.summary import cell
 
     def row(*values: str) -> str:
         return f"| {' | '.join(values)} |\n"
 
-    lines = sorted(lines, key=lambda line: (line["num_tasks"] or math.inf, line["wordings"], line["seed"]))
-    groups, by_seed = {}, {}
-    for line in lines:
-        label = str(line["num_tasks"] or "all"), str(line["wordings"])
-        groups.setdefault(label, []).append(line)
-        by_seed.setdefault((*label, str(line["seed"])), []).append(line)
+    by_seed = {}
+    for label, runs in groups.items():
+        for line in runs:
+            by_seed.setdefault((*label, str(line["seed"])), []).append(line)
     by_seed |= {(*label, "all"): runs for label, runs in groups.items() if runs[0]["seed"] != runs[-1]["seed"]}
-    text = f"{len(lines)} runs: means over the images, with 95% intervals.\n"
+    text = ""
     for name, title in MEASURES.items():
         text += f"\n{title}:\n\n{row('tasks', 'wordings', 'seed', *KINDS)}|---:|---:|---:|{'---|' * len(KINDS)}\n"
         for label, runs in by_seed.items():
@@ -149,7 +162,13 @@ def report(lines: list[dict], folder: Path) -> str:
         shown |= {"all of these": (HELD_OUT, slice(None)), "compounds of others": (COMPOUND, slice(None))}
         for edits, (kind, places) in shown.items():
             text += row(cluster, edits, *(cell(mean(without, kind, name, places), 2, "+") for name in MEASURES))
-    write_text(folder / "table.md", text)
+    return text
+
+
+def draw(groups: dict[tuple[str, str], list[dict]], path: Path) -> None:
+    """A plot of each kind of edit over the number of tasks, a line for each number of wordings."""
+    from matplotlib.figure import Figure
+
     figure = Figure((14, 4), layout="constrained")
     counts, amounts = (list(dict.fromkeys(each)) for each in zip(*groups, strict=True))
     for kind, plane in zip(KINDS, figure.subplots(1, len(KINDS), sharey=True), strict=True):
@@ -164,9 +183,7 @@ def report(lines: list[dict], folder: Path) -> str:
         plane.margins(x=0.15)
     figure.axes[0].set(ylabel=MEASURES["gain"])
     plane.legend(title="wordings of each")
-    with written_whole(folder / "plot.png") as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return text
+    figure.savefig(path, format="png", dpi=120)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -4,9 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,21 +71,6 @@ def find_photos(root: Path) -> Photos:
             parts = parts[1:]
         splits.append(SPLIT_NAMES.get(parts[0].lower(), "") if len(parts) > 1 else "")
     return Photos(names, splits, lambda name: (root / name).read_bytes(), files_digest(root, names))
-
-
-def ordered_map(pool: Executor, function: Callable, items: Iterable, ahead: int = 32) -> Iterator:
-    """`pool.map`, but at most `ahead` items are taken before their turn, and what nobody waits for is not begun."""
-    waiting: deque = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        for future in waiting:
-            future.cancel()
 
 
 def find_dataset_images(name: str, config: str | None, revision: str | None, column: str) -> Photos:

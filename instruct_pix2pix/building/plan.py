@@ -7,11 +7,11 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
-from instruct_pix2pix.building.photos import Photos, decode_image, image_hash, ordered_map
+from instruct_pix2pix.building.photos import Photos, decode_image, image_hash
 from instruct_pix2pix.cli import RowError, UserError
 from instruct_pix2pix.data.sources import read_lines
 from instruct_pix2pix.files import unit_hash
-from instruct_pix2pix.images import BadImage
+from instruct_pix2pix.images import BadImage, ordered_map
 
 SPLITS = ("train", "validation", "test")  # a picture that is in two belongs to the later one
 
